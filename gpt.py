@@ -366,26 +366,34 @@ def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
     return beams[0] if scores[0] / beams.shape[1] > best_score else best
 
 
+VOCAB_PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "vocab.bpe")
+
+
+def byte_spelling():
+    """{byte: the character that stands for it in vocab.bpe}, in the order of the bytes' token ids.
+
+    The file avoids what cannot be seen: 188 printable bytes come first and stand for themselves,
+    the other 68 take the characters from 256 on, so that a space is chr(288).
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
 @functools.lru_cache
 def get_tokenizer():
     """GPT-2's byte-pair encoding as a tiktoken.Encoding, from data/vocab.bpe: no download.
 
     Token ids 0 to 255 are the single bytes. Every line of vocab.bpe joins two tokens into a new
-    one, the earlier line first: that order is both the id and the rank by which text is merged.
+    one, the commonest pair first: that order is both the new id and the rank of the merge.
     """
-    # The file spells bytes as characters one can see: printable ones as themselves (and first),
-    # the other 68 as the characters from 256 on, so a space is chr(288).
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    order = printable + [b for b in range(256) if b not in printable]
-    spelled = {chr(b if b in printable else 256 + i - len(printable)): bytes([b])
-               for i, b in enumerate(order)}
-    ranks = {bytes([b]): i for i, b in enumerate(order)}
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "vocab.bpe")
-    with open(path, encoding="utf-8") as file:
+    byte_of = {character: bytes([byte]) for byte, character in byte_spelling().items()}
+    ranks = {byte: i for i, byte in enumerate(byte_of.values())}
+    with open(VOCAB_PATH, encoding="utf-8") as file:
         for line in file.read().splitlines()[1:]:  # the first line is a version
-            ranks[b"".join(spelled[c] for c in line if c != " ")] = len(ranks)
+            ranks[b"".join(byte_of[c] for c in line if c != " ")] = len(ranks)
     # Merges stay inside pieces: contractions, words, numbers, other signs (each with the space
-    # before it), and runs of white space. The form is tiktoken's, equal to GPT-2's and faster.
+    # before it), and runs of white space. The form is tiktoken's: GPT-2's own, but faster.
     pieces = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
               r"|\s++$|\s+(?!\S)|\s")
     return tiktoken.Encoding("gpt2", pat_str=pieces, mergeable_ranks=ranks,

@@ -1,0 +1,387 @@
+"""OpenAI's GPT-2 weights in, without TensorFlow, and a trained model out to other tools.
+
+    python load_gpt2.py 124M                      downloads (also 355M, 774M, 1558M) and converts
+    python load_gpt2.py FOLDER                    converts OpenAI's or Hugging Face's files
+    python load_gpt2.py --export out/ckpt.pt DIR  writes a folder that transformers opens
+
+The first two write a checkpoint, models/gpt2-124M.pt or models/FOLDER.pt, for sample.py and for
+train.py --init_from. The format of OpenAI's files is TensorFlow's, described in its sources
+tensorflow/core/lib/io/table_format.txt and tensorflow/core/protobuf/tensor_bundle.proto.
+"""
+import functools
+import http.client
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import torch
+
+from gpt import (GPT, VOCAB_PATH, GPTConfig, InputError, byte_spelling, command_line, get_tokenizer,
+                 load_checkpoint, save_checkpoint, wrong_names)
+
+SIZES = {"124M": "124M", "355M": "355M", "774M": "774M", "1558M": "1558M", "gpt2": "124M",
+         "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
+SOURCES = ("https://openaipublic.blob.core.windows.net/gpt-2/models",
+           "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2")
+FILES = ("hparams.json", "model.ckpt.index", "model.ckpt.data-00000-of-00001")
+
+
+# ---- One table of names ------------------------------------------------------------------------
+
+def table_of_names(n_layer):
+    """[(our name, OpenAI's, whether they store it as [in, out])]; Hugging Face's name is ours.
+
+    OpenAI computes x @ w with w [in, out] and Hugging Face kept that, while nn.Linear holds
+    [out, in]: four matrices a layer are transposed. For the square attn.c_proj no shape would tell.
+    """
+    modules = [f"h.{i}.{name}" for i in range(n_layer) for name in
+               ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")]
+    names = [("wte.weight", "wte", False), ("wpe.weight", "wpe", False)]
+    for module in [*modules, "ln_f"]:
+        path = re.sub(r"^h\.", "h", module).replace(".", "/")  # h.3.attn.c_proj -> h3/attn/c_proj
+        is_norm = "ln_" in module
+        names += [(f"{module}.weight", path + ("/g" if is_norm else "/w"), not is_norm),
+                  (f"{module}.bias", path + "/b", False)]
+    return names
+
+
+# ---- OpenAI's files: from bytes to arrays ------------------------------------------------------
+
+def read_varint(data, at):
+    """A whole number, 7 bits a byte, lowest first; a set top bit says more follow. -> it, next."""
+    value = shift = 0
+    while True:
+        value |= (data[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+        if data[at - 1] < 128:
+            return value, at
+
+
+def read_block(data, offset, size):
+    """Yields the (key, value) pairs of one block of the table, both bytes.
+
+    An entry is: how many bytes its key shares with the key before, how many it adds, the value's
+    length, the added bytes, the value. After the entries come 4-byte restart points and their count.
+    """
+    if data[offset + size] != 0:  # the byte after a block names its compression
+        raise InputError("a block is compressed, which OpenAI's are not")
+    restarts = int.from_bytes(data[offset + size - 4 : offset + size], "little")
+    at, end, key = offset, offset + size - 4 * (restarts + 1), b""
+    while at < end:
+        shared, at = read_varint(data, at)
+        added, at = read_varint(data, at)
+        length, at = read_varint(data, at)
+        key = key[:shared] + data[at : at + added]
+        yield key, data[at + added : at + added + length]
+        at += added + length
+
+
+def read_message(data):
+    """Yields the (field number, value) pairs of a protocol buffer: values int or bytes."""
+    at = 0
+    while at < len(data):
+        tag, at = read_varint(data, at)
+        if tag & 7 == 0:
+            value, at = read_varint(data, at)
+        else:
+            length, at = read_varint(data, at) if tag & 7 == 2 else ({1: 8, 5: 4}[tag & 7], at)
+            value, at = data[at : at + length], at + length
+        yield tag >> 3, value
+
+
+def read_index(path):
+    """model.ckpt.index -> {variable: (dtype, shape, data file, offset in it)}.
+
+    Sizes are checked against the data files' lengths, checksums are not. Raises InputError.
+    """
+    with open(path, "rb") as file:
+        data = file.read()
+    if data[-8:] != (0xDB4775248B80FB57).to_bytes(8, "little"):
+        raise InputError(f"{path} is {what_it_is(data)}, not the index of a TensorFlow checkpoint")
+    try:
+        footer = data[-48:]  # where two blocks are: of other things (skipped), of the data blocks
+        at = read_varint(footer, read_varint(footer, 0)[1])[1]
+        offset, at = read_varint(footer, at)
+        entries = []
+        for _, handle in read_block(data, offset, read_varint(footer, at)[0]):
+            offset, at = read_varint(handle, 0)
+            entries += read_block(data, offset, read_varint(handle, at)[0])
+        header = dict(read_message(dict(entries)[b""]))
+        if header.get(2):
+            raise InputError("it was written by a big-endian machine")
+        variables = {}
+        for key, value in entries:
+            if key == b"":
+                continue
+            entry = dict(read_message(value))  # fields that are 0 are left out
+            shape = tuple(dict(read_message(size)).get(1, 0)
+                          for number, size in read_message(entry.get(2, b"")) if number == 2)
+            dtype = {1: np.float32, 19: np.float16}.get(entry.get(1))
+            shard = f"data-{entry.get(3, 0):05d}-of-{header.get(1, 0):05d}"
+            data_path = path.removesuffix("index") + shard
+            if dtype and entry.get(5, 0) != math.prod(shape) * np.dtype(dtype).itemsize:
+                raise InputError(f"the size of {key.decode()} does not fit its shape {shape}")
+            variables[key.decode()] = dtype, shape, data_path, entry.get(4, 0), entry.get(5, 0)
+    except (IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{path}: {error if isinstance(error, InputError) else 'damaged'}; "
+                         "get the file again") from error
+    ends = {}
+    for _, _, data_path, offset, size in variables.values():
+        ends[data_path] = max(ends.get(data_path, 0), offset + size)
+    for data_path, end in ends.items():
+        if not os.path.isfile(data_path):
+            raise InputError(f"{data_path} is missing")
+        if os.path.getsize(data_path) < end:
+            raise InputError(f"{data_path} has {os.path.getsize(data_path)} bytes where {path} "
+                             f"says {end}: get the file again")
+    return variables
+
+
+def what_it_is(head):
+    """For messages: what a file that is not the right one seems to be."""
+    return ("empty" if not head else "a web page (a download's error message?)"
+            if head.lstrip().startswith(b"<") else "something else")
+
+
+def read_json(path):
+    with open(path, "rb") as file:
+        data = file.read()
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise InputError(f"{path} is {what_it_is(data)}, not JSON: get the file again") from error
+
+
+def open_openai(folder):
+    """-> GPTConfig, {our name: (shape as stored, function that reads the tensor)}."""
+    path = os.path.join(folder, "hparams.json")
+    hparams = read_json(path)
+    try:
+        config = GPTConfig(hparams["n_vocab"], hparams["n_ctx"], hparams["n_layer"],
+                           hparams["n_head"], hparams["n_embd"])
+    except KeyError as error:
+        raise InputError(f"{path} lacks {error}: get the file again") from error
+    path = os.path.join(folder, "model.ckpt.index")
+    ours = {openai: our for our, openai, _ in table_of_names(config.n_layer)}
+    stored = {}
+    for name, (dtype, shape, *place) in read_index(path).items():
+        name = name.removeprefix("model/")
+        if name not in ours and not re.fullmatch(r"h\d+/.*/[gbw]|ln_f/[gbw]|w[tp]e", name):
+            continue  # the training's own: Adam's averages, global_step
+        if name in ours and dtype is None:
+            raise InputError(f"{path}: {name} is neither float32 nor float16")
+        shape = shape[1:] if len(shape) == 3 else shape  # w is kept as [1, in, out]
+        stored[ours.get(name, name)] = shape, functools.partial(read_array, dtype, shape, *place)
+    return config, stored
+
+
+def read_array(dtype, shape, path, offset, size):
+    """One variable as a tensor: little-endian numbers, row by row, from offset on."""
+    array = np.fromfile(path, np.dtype(dtype).newbyteorder("<"), size // np.dtype(dtype).itemsize,
+                        offset=offset)
+    return torch.from_numpy(array.reshape(shape))
+
+
+# ---- Hugging Face's files ----------------------------------------------------------------------
+
+def open_hugging_face(path):
+    """A folder, or one .safetensors file in one -> as open_openai."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    index = os.path.join(path, "model.safetensors.index.json")
+    if not os.path.isdir(path):
+        files = [path]
+    elif os.path.exists(index):
+        names = read_json(index).get("weight_map", {}).values()
+        files = [os.path.join(folder, name) for name in sorted(set(names))]
+    else:
+        files = [os.path.join(folder, "model.safetensors")]
+    stored = {}
+    for file in files:
+        try:
+            tensors = safe_open(file, "pt")
+            for name in tensors.keys():
+                # the head is wte again; older files hold attention's masks
+                if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
+                    continue
+                stored[name.removeprefix("transformer.")] = (
+                    tuple(tensors.get_slice(name).get_shape()),
+                    functools.partial(tensors.get_tensor, name))
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is missing or damaged ({error}): get it again") from error
+
+    path = os.path.join(folder, "config.json")
+    if not os.path.exists(path):
+        raise InputError(f"{path} is missing: it says how many heads the weights were trained with")
+    hf = read_json(path)
+    n_embd = hf.get("n_embd", 768)
+    for name, allowed in {"model_type": ("gpt2",), "n_inner": (None, 4 * n_embd),
+                          "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+                          "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,),
+                          "scale_attn_by_inverse_layer_idx": (False,),
+                          "add_cross_attention": (False,), "tie_word_embeddings": (True,)}.items():
+        if hf.get(name, allowed[0]) not in allowed:
+            raise InputError(f"{path}: {name} is {hf[name]!r}, which is not GPT-2's "
+                             f"{allowed[-1]!r}; these weights would give other numbers here")
+    return GPTConfig(hf.get("vocab_size", 50257), hf.get("n_positions", 1024),
+                     hf.get("n_layer", 12), hf.get("n_head", 12), n_embd), stored
+
+
+# ---- In ----------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def load_gpt2(path):
+    """A folder of OpenAI's or Hugging Face's files, or a .safetensors file -> GPT, float32, CPU.
+
+    One tensor is read at a time, so memory stays near the weights' own size. Raises InputError,
+    naming the file, for what is missing, damaged, of another shape, or not GPT-2.
+    """
+    if os.path.exists(os.path.join(path, "hparams.json")):
+        config, stored = open_openai(path)
+    elif os.path.exists(os.path.join(path, "config.json")) or path.endswith(".safetensors"):
+        config, stored = open_hugging_face(path)
+    else:
+        raise InputError(f"{path} is neither one of {', '.join(SIZES)}, nor a folder with OpenAI's "
+                         "hparams.json or Hugging Face's config.json, nor a .safetensors file")
+    with torch.device("meta"):
+        model = GPT(config)
+    table = table_of_names(config.n_layer)
+    transposed = {our for our, _, is_transposed in table if is_transposed}
+    shapes = {our: torch.empty(shape[::-1] if our in transposed else shape, device="meta")
+              for our, (shape, _) in stored.items()}
+    if problems := wrong_names(model, shapes):
+        raise InputError(f"{path}: the weights do not fit the configuration: {problems}")
+    model.to_empty(device="cpu")
+    for our, parameter in model.named_parameters():
+        _, read = stored.pop(our)  # each exactly once
+        tensor = read()
+        parameter.copy_(tensor.T if our in transposed else tensor)
+    return model
+
+
+def download(size, folder):
+    """Fetches OpenAI's files of that size into folder, but for those that are there."""
+    os.makedirs(folder, exist_ok=True)
+    for name in FILES:
+        target, failures = os.path.join(folder, name), []
+        for source in SOURCES if not os.path.exists(target) else ():
+            try:
+                fetch(f"{source}/{size}/{name}", target)
+                break
+            except (OSError, http.client.HTTPException, InputError) as error:
+                failures.append(f"{source}/{size}/{name} ({error})")
+        if len(failures) == len(SOURCES):
+            raise InputError(f"{name} could not be fetched from {' nor '.join(failures)}; run this "
+                             f"again to go on, or put {', '.join(FILES)} into {folder} by hand")
+
+
+def fetch(url, target):
+    """Downloads into target.part, going on where an earlier try stopped, and renames it."""
+    part = target + ".part"
+    have = os.path.getsize(part) if os.path.exists(part) else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: nothing lies beyond what we have, so that is wrong
+            raise
+        os.remove(part)
+        return fetch(url, target)
+    with response:
+        if "html" in response.headers.get("Content-Type", "") or "Content-Length" not in response.headers:
+            raise InputError("the answer is a web page, not the file")
+        if response.status != 206:  # a server that cannot go on sends all
+            have = 0
+        total, start, begun = have + int(response.headers["Content-Length"]), time.time(), have
+        with open(part, "ab" if have else "wb") as file:
+            while chunk := response.read(1 << 20):
+                file.write(chunk)
+                have += len(chunk)
+                speed = (have - begun) / (time.time() - start + 1e-9)
+                print(f"\r{os.path.basename(target)}: {have / 1e6:,.1f} of {total / 1e6:,.1f} MB, "
+                      f"{speed / 1e6:.1f} MB/s, {(total - have) / speed:.0f} s left   ",
+                      end="", file=sys.stderr)
+    print(file=sys.stderr)
+    if have != total:
+        raise OSError(f"{have} of {total} bytes came")
+    os.replace(part, target)
+
+
+# ---- Out ---------------------------------------------------------------------------------------
+
+def export(path, folder):
+    """Writes the checkpoint at path as a folder that transformers, vLLM or llama.cpp open."""
+    from safetensors.torch import save_file
+
+    model, _ = load_checkpoint(path)
+    config = model.config
+    if config.vocab_size != 50257:
+        raise InputError(f"{path}: a vocabulary of {config.vocab_size} tokens is not GPT-2's")
+    weights, tensors = model.state_dict(), {}
+    for our, _, transposed in table_of_names(config.n_layer):
+        if our in weights:
+            weight = weights.pop(our)
+        else:  # bias=False: theirs always has one
+            weight = torch.zeros(len(tensors["transformer." + our.replace("bias", "weight")].T))
+        tensors["transformer." + our] = (weight.T if transposed else weight).contiguous()
+    os.makedirs(folder, exist_ok=True)
+    save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+    special = {"bos_token_id": 50256, "eos_token_id": 50256}
+    tokens = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>",
+              "unk_token": "<|endoftext|>"}
+    tokenizer, spelling = get_tokenizer(), byte_spelling()
+    vocabulary = {"".join(spelling[b] for b in tokenizer.decode_single_token_bytes(i)): i
+                  for i in range(50256)} | {"<|endoftext|>": 50256}
+    for name, content in {
+        "config.json": {
+            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
+            "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+            "vocab_size": config.vocab_size, "n_positions": config.block_size,
+            "n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head,
+            "resid_pdrop": config.dropout, "embd_pdrop": config.dropout,
+            "attn_pdrop": config.dropout, "torch_dtype": "float32", **special},
+        "generation_config.json": special,
+        "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False,
+                                  "model_max_length": config.block_size, **tokens},
+        "vocab.json": vocabulary,
+    }.items():
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False, indent=None if name == "vocab.json" else 2)
+    shutil.copyfile(VOCAB_PATH, os.path.join(folder, "merges.txt"))
+
+
+if __name__ == "__main__":
+    parser = command_line(__doc__)
+    parser.add_argument("what", help="a size, a folder or a .safetensors file; with --export a "
+                        "checkpoint")
+    parser.add_argument("folder", nargs="?", help="with --export: where to write")
+    parser.add_argument("--export", action="store_true", help="write for other tools")
+    parser.add_argument("--out", help="the checkpoint to write (models/gpt2-SIZE.pt, "
+                        "models/FOLDER.pt)")
+    args = parser.parse_args()
+    if args.export != bool(args.folder):
+        parser.error("--export needs a checkpoint and a folder, anything else one argument")
+    if args.export:
+        export(args.what, args.folder)
+        print(f"wrote {args.folder}")
+        sys.exit()
+    path = args.what
+    if args.what in SIZES:
+        size = SIZES[args.what]
+        path, name = os.path.join("models", size), f"gpt2-{size}"
+        download(size, path)
+    else:
+        name = os.path.basename(os.path.abspath(path)).removesuffix(".safetensors")
+    out = args.out or os.path.join("models", f"{name}.pt")
+    model = load_gpt2(path)
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    save_checkpoint(out, model, step=0)
+    print(f"wrote {out}; try: python sample.py --checkpoint={out}")
