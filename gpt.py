@@ -188,14 +188,16 @@ class LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + LinearCrossEntropy.ROWS)
             xr, tr = x[rows].to(dtype), targets[rows, None]  # (rows, C), (rows, 1)
             logits = (xr @ w.T).float()  # (rows, V)
-            log_sum = logits.logsumexp(dim=-1, keepdim=True)  # (rows, 1)
-            loss += (log_sum - logits.gather(1, tr)).sum()
+            logits -= logits.amax(dim=1, keepdim=True)  # or exp could overflow; softmax is the same
+            chosen = logits.gather(1, tr)  # (rows, 1)
+            total = logits.exp_().sum(dim=1, keepdim=True)  # (rows, 1)
+            loss += (total.log() - chosen).sum()
             if grad:
-                logits.sub_(log_sum).exp_()  # now the probabilities
-                logits.scatter_add_(1, tr, torch.full_like(log_sum, -1.0))  # and now the gradient
+                logits /= total  # now the probabilities
+                logits.scatter_add_(1, tr, torch.full_like(total, -1.0))  # and now the gradient
                 dlogits = logits.to(dtype)
                 dx[rows] = dlogits @ w
-                part = dlogits.T @ xr
+                part = dlogits.T @ xr  # (V, C)
                 dw = part if dw is None else dw.float() + part
         if grad:
             ctx.save_for_backward(dx, dw)
@@ -209,16 +211,22 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dx.mul_(scale), dw.float().mul_(scale), None, None
 
 
+def new_embedding(rows, columns):  # nn.Embedding(rows, columns), but for numbers drawn for nothing
+    return nn.Embedding.from_pretrained(torch.empty(rows, columns), freeze=False)
+
+
 class GPT(nn.Module):
     """The transformer: embeddings, n_layer blocks, and a head that is the token embedding again."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # what each token is
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # where it stands
+        self.wte = new_embedding(config.vocab_size, config.n_embd)  # what each token is
+        self.wpe = new_embedding(config.block_size, config.n_embd)  # where it stands
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        if self.wte.weight.is_meta:  # shapes alone, for load_checkpoint
+            return
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
                 # Each block adds twice to the same stream: scaled so, the sum starts at size 1.
@@ -411,6 +419,7 @@ def save_checkpoint(path, model, **training_state):
     The file is whole at every moment: a temporary one beside it takes its place only when it is
     on the disk, so whoever is interrupted here keeps the previous one.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would prefix every name
     state = {"config": asdict(model.config), "model": model.state_dict(), **training_state}
     try:
         with open(path + ".tmp", "wb") as file:

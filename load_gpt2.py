@@ -101,8 +101,7 @@ def read_index(path):
 
     Sizes are checked against the data files' lengths, checksums are not. Raises InputError.
     """
-    with open(path, "rb") as file:
-        data = file.read()
+    data = read_bytes(path)
     if data[-8:] != (0xDB4775248B80FB57).to_bytes(8, "little"):
         raise InputError(f"{path} is {what_it_is(data)}, not the index of a TensorFlow checkpoint")
     try:
@@ -150,9 +149,15 @@ def what_it_is(head):
             if head.lstrip().startswith(b"<") else "something else")
 
 
-def read_json(path):
+def read_bytes(path):
+    if not os.path.isfile(path):
+        raise InputError(f"{path} is missing")
     with open(path, "rb") as file:
-        data = file.read()
+        return file.read()
+
+
+def read_json(path):
+    data = read_bytes(path)
     try:
         return json.loads(data)
     except ValueError as error:
@@ -330,7 +335,7 @@ def export(path, folder):
         if our in weights:
             weight = weights.pop(our)
         else:  # bias=False: theirs always has one
-            weight = torch.zeros(len(tensors["transformer." + our.replace("bias", "weight")].T))
+            weight = torch.zeros(tensors["transformer." + our.replace("bias", "weight")].shape[-1])
         tensors["transformer." + our] = (weight.T if transposed else weight).contiguous()
     os.makedirs(folder, exist_ok=True)
     save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})

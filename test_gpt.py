@@ -373,3 +373,599 @@ def test_tokenizer():
     with open(gpt.VOCAB_PATH, "rb") as file:
         assert hashlib.sha256(file.read()).hexdigest() == (
             "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5")
+
+
+# ---- Training ----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A run of ten steps on the built-in text, as a user starts it, from another directory."""
+    folder = tmp_path_factory.mktemp("run")
+    out, _ = command("train.py", *SMALL, "--max_iters=10", "--eval_interval=5", "--eval_iters=3",
+                     "--log_interval=1", "--warmup_iters=3", cwd=folder)
+    return folder / "out", out
+
+
+def test_train_and_sample_as_a_user_would(run):
+    folder, out = run
+    assert {"ckpt.pt", "best.pt", "log.csv", "loss.png"} <= set(os.listdir(folder))
+    assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
+    assert "10.8249" in out and out.count("sample: Every effort moves you") == 3
+    rows = log_of(folder)
+    assert list(rows[0]) == ["iter", "tokens", "loss", "train_loss", "val_loss", "lr", "grad_norm",
+                             "tokens_per_s"]
+    assert [int(row["iter"]) for row in rows] == list(range(11))
+    assert [bool(row["val_loss"]) for row in rows] == [i % 5 == 0 for i in range(11)]
+    assert float(rows[0]["train_loss"]) == pytest.approx(math.log(50257), abs=0.1)
+    assert [int(row["tokens"]) for row in rows] == [64 * i for i in range(11)]
+    _, state = gpt.load_checkpoint(str(folder / "ckpt.pt"))
+    assert state.keys() == {"optimizer", "scaler", "step", "best_val_loss", "log_bytes", "args"}
+    assert state["step"] == 10 and state["log_bytes"] == os.path.getsize(folder / "log.csv")
+    best, state = gpt.load_checkpoint(str(folder / "best.pt"))
+    assert state.keys() == {"step", "val_loss"}
+    assert state["val_loss"] == min(float(row["val_loss"]) for row in rows if row["val_loss"])
+
+    flags = ("--checkpoint", str(folder / "ckpt.pt"), "--max_new_tokens=40", "--device=cpu")
+    out, err = command("sample.py", "--start", "Every effort moves you", *flags)
+    again, _ = command("sample.py", "--start", "Every effort moves you", *flags)
+    assert out == again and out.startswith("Every effort moves you") and len(out) > 100
+    assert "step 10" in err and "tokens/s" in err
+    out, _ = command("sample.py", "--num_samples=3", "--start=-", *flags, input="\ufeffIvy")
+    assert out.startswith("Ivy") and out.count("-" * 80 + "\nIvy") == 2
+    out, err = command("sample.py", "--start=" + "x " * 40, "--num_beams=2", "--no-stop", *flags[:2],
+                       "--max_new_tokens=0")
+    assert out.startswith("x x") and "last 32" in err
+
+
+def test_resumed_is_the_same_run(run, tmp_path):
+    whole, _ = run
+    flags = (*SMALL, "--eval_iters=3", "--log_interval=1", "--warmup_iters=3", "--eval_interval=5",
+             "--lr_decay_iters=10", f"--out_dir={tmp_path}")
+    main("train.py", *flags, "--max_iters=5")
+    with open(tmp_path / "log.csv", "a", encoding="utf-8") as file:
+        file.write("6,384,1.0,,,1.0,1.0,1.0\n")  # of a step that no checkpoint remembers
+    main("train.py", "--resume", f"--out_dir={tmp_path}", "--max_iters=10")
+    assert same_run(whole, tmp_path)
+
+
+def test_evaluation_does_not_change_the_run(run, tmp_path):
+    whole, _ = run
+    main("train.py", *SMALL, "--max_iters=10", "--eval_interval=1000", "--eval_iters=1",
+         "--log_interval=1", "--warmup_iters=3", f"--out_dir={tmp_path}")
+    assert same(*(gpt.load_checkpoint(str(folder / "ckpt.pt"))[0].state_dict()
+                  for folder in (whole, tmp_path)))
+    before = sorted(os.listdir(tmp_path))
+    main("train.py", "--resume", "--eval_only", f"--out_dir={tmp_path}")
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_accumulation_and_processes_do_not_change_the_loss(tmp_path):
+    flags = (*SMALL, "--dropout=0", "--max_iters=4", "--log_interval=1", "--eval_iters=2")
+    main("train.py", *flags, "--batch_size=8", f"--out_dir={tmp_path / 'a'}")
+    main("train.py", *flags, "--batch_size=2", "--gradient_accumulation_steps=4",
+         f"--out_dir={tmp_path / 'b'}")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                    f"--master_port={free_port()}", os.path.join(HERE, "train.py"), *flags,
+                    "--batch_size=2", "--gradient_accumulation_steps=2",
+                    f"--out_dir={tmp_path / 'c'}"], check=True, timeout=300)
+    for column in ("loss", "grad_norm", "train_loss", "val_loss"):
+        a, b, c = ([float(row[column] or 0) for row in log_of(tmp_path / name)] for name in "abc")
+        assert a == pytest.approx(b, rel=1e-5) and a == pytest.approx(c, rel=1e-5), column
+    # and a run of two processes goes on with one, if the product of the three stays
+    with pytest.raises(InputError, match="4 windows.*has 8"):
+        main("train.py", "--resume", f"--out_dir={tmp_path / 'c'}", "--max_iters=5")
+    main("train.py", "--resume", f"--out_dir={tmp_path / 'c'}", "--max_iters=5", "--batch_size=8",
+         "--gradient_accumulation_steps=1")
+    main("train.py", "--resume", f"--out_dir={tmp_path / 'a'}", "--max_iters=5")
+    a, c = (log_of(tmp_path / name)[-1]["loss"] for name in "ac")
+    assert float(a) == pytest.approx(float(c), rel=1e-5)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Flags:
+    """Stands for the arguments of train.py."""
+    learning_rate, min_lr, seed, batch_size, windows_a_step = 1.0, 0.1, 5, 3, 6
+
+    def __init__(self, **changes):
+        self.__dict__.update(changes)
+
+
+@pytest.mark.parametrize("warmup, decay", ((0, 10), (3, 10), (10, 10), (20, 10), (0, 0), (1, 1)))
+def test_schedule(warmup, decay):
+    args = Flags(warmup_iters=warmup, lr_decay_iters=decay)
+    rates = [train.learning_rate(step, args) for step in range(30)]
+    assert all(0 < rate <= 1 for rate in rates)
+    assert rates[:warmup] == pytest.approx([(i + 1) / warmup for i in range(warmup)])
+    assert all(rate == pytest.approx(0.1) for rate in rates[max(warmup, decay):])
+    if (warmup, decay) == (0, 10):
+        assert rates[0] == 1 and rates[5] == pytest.approx(0.55)
+
+
+def test_every_window_once_an_epoch_and_anew_in_the_next():
+    order = [w for step in range(7) for micro in range(2)
+             for w in train.windows_of(step, micro, Flags(), 14)]
+    assert sorted(order[:14]) == sorted(order[14:28]) == list(range(14))
+    assert order[:14] != order[14:28] and order[:14] != list(range(14))
+    tokens = np.arange(100, dtype=np.uint16)
+    inputs, targets = train.get_batch(tokens, [0, 3], 8, torch.device("cpu"))
+    assert inputs.tolist() == [list(range(8)), list(range(24, 32))]
+    assert targets.tolist() == [list(range(1, 9)), list(range(25, 33))]
+
+
+def test_low_precision_training(tmp_path):
+    main("train.py", *SMALL[:-1], "--dtype=bfloat16", "--max_iters=3", "--log_interval=1",
+         f"--out_dir={tmp_path}")
+    model, state = gpt.load_checkpoint(str(tmp_path / "ckpt.pt"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert 10 < float(log_of(tmp_path)[-1]["loss"]) < 11
+
+
+# ---- Text to tokens ----------------------------------------------------------------------------
+
+def test_tokens_in_pieces_equal_tokens_of_the_whole(tmp_path, monkeypatch):
+    rng = random.Random(0)
+    parts = [" ", "  ", "\n", "\n\n", "\t", "\u3000", "\x1c", "\u00a0", "a", "It's", "1984", "...",
+             "!?", "é", "你好", "🙂", "<|endoftext|>", " x", "\r\n"]
+    monkeypatch.setattr(train, "PIECE", 50)
+    for i in range(30):
+        text = "".join(rng.choice(parts) for _ in range(500))
+        path = tmp_path / f"{i}.txt"
+        path.write_bytes(b"\xef\xbb\xbf" * (i % 2) + text.encode())
+        tokens, characters, _ = train.tokenize(str(path), str(tmp_path), lambda *_, **__: None)
+        text = text.replace("\r\n", "\n")
+        assert characters == len(text)
+        assert tokens.tolist() == gpt.encode(text)
+
+
+def test_folders_and_bins(tmp_path):
+    for name, text in (("b.txt", "two"), ("a.txt", "one"), ("c.md", "no")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    tokens, _, key = train.load_tokens(str(tmp_path), str(tmp_path), print)
+    assert tokens.tolist() == gpt.encode("one<|endoftext|>two")
+    (tmp_path / "a.txt").write_text("One", encoding="utf-8")
+    tokens, _, other = train.load_tokens(str(tmp_path), str(tmp_path), print)
+    assert tokens.tolist() == gpt.encode("One<|endoftext|>two") and key != other
+    np.array([1, 2, 50256], dtype=np.uint16).tofile(tmp_path / "x.bin")
+    assert train.load_tokens(str(tmp_path / "x.bin"), "", print)[0].tolist() == [1, 2, 50256]
+    np.array([1, 2, 50257], dtype=np.uint16).tofile(tmp_path / "x.bin")
+    with pytest.raises(InputError, match="token 2 is 50257"):
+        train.load_tokens(str(tmp_path / "x.bin"), "", print)
+
+
+# ---- Nothing lost ------------------------------------------------------------------------------
+
+def start(*flags, cwd=None):
+    return subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *SMALL, *flags],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent differently there")
+@pytest.mark.parametrize("number, status", ((signal.SIGINT, 130), (signal.SIGTERM, 143)))
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, status):
+    process = start("--max_iters=100000", "--log_interval=1", f"--out_dir={tmp_path}")
+    while not process.stdout.readline().startswith("step 3/"):
+        pass
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status and "--resume" in out, out + err
+    _, state = gpt.load_checkpoint(str(tmp_path / "ckpt.pt"), verify=True)
+    assert state["step"] >= 3 and int(log_of(tmp_path)[-1]["iter"]) == state["step"]
+
+
+def killed_and_resumed(folder, kills, max_iters, seed):
+    """Runs train.py to max_iters, killed at random moments and resumed; -> signals sent."""
+    rng, flags, sent = random.Random(seed), ("--eval_interval=60", "--log_interval=1",
+                                             "--eval_iters=2"), []
+    for kill in range(kills + 1):
+        begun = os.path.exists(os.path.join(folder, "ckpt.pt"))
+        process = start(*(("--resume",) if begun else flags), f"--max_iters={max_iters}",
+                        f"--out_dir={folder}")
+        if kill < kills:
+            for _ in range(4 if begun else 6):
+                process.stdout.readline()
+            time.sleep(rng.random())
+            sent.append(rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)))
+            process.send_signal(sent[-1])
+        process.communicate(timeout=300)
+    assert process.returncode == 0
+    return sent
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_killed_and_resumed_is_the_same_run(tmp_path):
+    kills = int(os.environ.get("KILLS", 2))  # KILLS=20 pytest -k killed for the long version
+    killed_and_resumed(tmp_path / "b", kills, 240, seed=kills)
+    main("train.py", *SMALL, "--eval_interval=60", "--log_interval=1", "--eval_iters=2",
+         "--max_iters=240", f"--out_dir={tmp_path / 'a'}")
+    assert same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_an_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = str(tmp_path / "x.pt")
+    gpt.save_checkpoint(path, tiny(1), step=1)
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    for broken in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match="No space left"):
+            patch.setattr(os, broken, full_disk)
+            gpt.save_checkpoint(path, tiny(2), step=2)
+    assert gpt.load_checkpoint(path)[1] == {"step": 1} and os.listdir(tmp_path) == ["x.pt"]
+    model = torch.compile(tiny(3))
+    gpt.save_checkpoint(path, model, step=3)
+    assert not any("_orig_mod" in name for name in torch.load(path, weights_only=True)["model"])
+    state = torch.load(path, weights_only=True)
+    state["model"] = {"_orig_mod." + name: w for name, w in state["model"].items()}
+    torch.save(state, path)
+    assert same(gpt.load_checkpoint(path)[0].state_dict(), tiny(3).state_dict())
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_damaged_and_hostile_checkpoints_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    gpt.save_checkpoint("good.pt", tiny(), step=1)
+    with open("good.pt", "rb") as file:
+        good = file.read()
+    state = torch.load("good.pt", weights_only=True)
+    torch.save(state | {"step": Evil()}, "evil.pt")
+    torch.save({"weights": 1}, "other.pt")
+    torch.save({"config": state["config"], "model": {"wte.weight": torch.zeros(2, 2)}}, "few.pt")
+    flipped = bytearray(good)
+    flipped[good.index(state["model"]["wte.weight"].numpy().tobytes()) + 100] ^= 1
+    for name, content in {"empty.pt": b"", "half.pt": good[: len(good) // 2], "page.pt":
+                          b"<!DOCTYPE html>", "text.pt": b"hello", "pickle.pt": pickle.dumps(Evil()),
+                          "flipped.pt": bytes(flipped)}.items():
+        with open(name, "wb") as file:
+            file.write(content)
+    for name, words in {"missing.pt": "no such file", "empty.pt": "empty", "half.pt": "cut short",
+                        "page.pt": "web page", "text.pt": "no checkpoint", "evil.pt": "refused",
+                        "pickle.pt": "refused", "other.pt": "lacks config", "flipped.pt": "damaged",
+                        "few.pt": "wte.weight has shape.*|wpe.weight is missing"}.items():
+        with pytest.raises(InputError, match=words) as caught:
+            gpt.load_checkpoint(name, verify=True)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+        assert "weights_only" not in str(caught.value)
+    assert not os.path.exists("executed")
+
+
+def faults(folder):
+    """(flags of train.py, what the message must say) for what users of such projects met."""
+    for name, content in {"empty.txt": b"", "short.txt": b"Only a few words here. " * 20,
+                          "latin.txt": b"caf\xe9 " * 9, "odd.bin": b"abc",
+                          "page.pt": b"<html>", "medium.txt": b"one two three four " * 40}.items():
+        (folder / name).write_bytes(content)
+    gpt.save_checkpoint(str(folder / "vocab.pt"), tiny(), step=0)
+    gpt.save_checkpoint(str(folder / "small.pt"), GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8,
+                                                                block_size=16)), step=0)
+    (folder / "weights").mkdir()
+    shutil.copy(folder / "small.pt", folder / "weights" / "ckpt.pt")
+    (folder / "nothing").mkdir()
+    return (
+        (["--data=empty.txt"], "no text"), (["--data=nowhere.txt"], "no such file"),
+        (["--data=nothing"], "no .txt"), (["--data=latin.txt"], r"byte 3 \(0xe9\)"),
+        (["--data=odd.bin"], "3 bytes"),
+        (["--data=short.txt"], r"108 .*13 .*--block_size=256.*--block_size=12$"),
+        (["--data=medium.txt", "--block_size=64"], "validation split"),
+        (["--n_embd=10", "--n_head=3"], "n_embd=10.*n_head=3"),
+        (["--batchsize=2"], "--batchsize"), (["--batch_size=0"], "at least 1"),
+        (["--learning_rate=nan"], "nan"), (["--max_iters=-1"], "-1"), (["--dropout=1"], "below 1"),
+        (["--device=cuda:99"], "cuda:99"), (["--device=gpu"], "gpu"), (["--dtype=int8"], "int8"),
+        (["--device=cpu", "--dtype=float16"], "float16"),
+        (["--init_from=page.pt"], "web page"), (["--init_from=vocab.pt", "--block_size=16"], "61.*50257"),
+        (["--init_from=small.pt", "--n_layer=2"], "n_layer=2.* has 1"),
+        (["--init_from=small.pt", "--block_size=32"], "32.*16"),
+        (["--resume", "--out_dir=weights"], "--init_from"), (["--resume"], "no out.ckpt.pt"),
+        (["--out_dir=latin.txt/x"], "written"))
+
+
+def test_faults_get_one_line_and_lose_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flags, words in faults(tmp_path):
+        defaults = [flag for flag in SMALL if flag.split("=")[0] not in " ".join(flags)]
+        if any("init_from" in flag or "resume" in flag for flag in flags):
+            defaults = []
+        with pytest.raises(InputError, match=words) as caught:
+            main("train.py", *(flags if "--block_size=12$" in words else [*defaults, *flags]))
+        assert "\n" not in str(caught.value), flags
+        assert not os.path.exists("out/ckpt.pt"), flags
+    _, err = command("train.py", "--data=empty.txt", status=2, cwd=tmp_path)
+    assert err.startswith("train.py: error: --data=") and err.count("\n") == 1
+    _, err = command("sample.py", status=2, cwd=tmp_path)
+    assert err.startswith("sample.py: error: ") and "load_gpt2.py" in err and err.count("\n") == 1
+
+
+def test_a_run_is_not_overwritten_nor_changed_by_accident(run, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(run[0], folder)
+    out = f"--out_dir={folder}"
+    for flags, words in ((SMALL, "run of 10 steps.*--resume.*--overwrite"),
+                         (["--resume", "--n_layer=3"], "n_layer=3.*has 2"),
+                         (["--resume", f"--data={__file__}"], "not the text")):
+        with pytest.raises(InputError, match=words):
+            main("train.py", *flags, out, "--max_iters=12")
+    main("train.py", "--resume", out)
+    assert "nothing to do" in capsys.readouterr().out
+    assert same_run(run[0], folder)
+    (folder / "ckpt.pt.tmp").write_bytes(b"cut")
+    main("train.py", "--resume", out, "--max_iters=11")
+    assert not (folder / "ckpt.pt.tmp").exists()
+    main("train.py", *SMALL, out, "--max_iters=0", "--overwrite")
+    assert [row["iter"] for row in log_of(folder)] == ["0"]
+
+
+def test_a_diverging_run_keeps_the_good_checkpoint(tmp_path):
+    flags = (*SMALL, "--eval_interval=4", f"--out_dir={tmp_path}", "--warmup_iters=0",
+             "--max_iters=60", "--grad_clip=0", "--learning_rate=1e36", "--eval_iters=1")
+    _, err = command("train.py", *flags, status=1)
+    assert "not finite" in err or "nan" in err or "inf" in err
+    assert "learning rate" in err and "float32" in err and "Traceback" not in err
+    model, state = gpt.load_checkpoint(str(tmp_path / "ckpt.pt"), verify=True)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_fine_tuning_starts_from_the_weights(run, tmp_path):
+    main("train.py", f"--init_from={run[0] / 'best.pt'}", "--block_size=16", "--max_iters=0",
+         "--eval_iters=1", f"--out_dir={tmp_path}", "--dropout=0.2", "--device=cpu")
+    old, _ = gpt.load_checkpoint(str(run[0] / "best.pt"))
+    new, _ = gpt.load_checkpoint(str(tmp_path / "ckpt.pt"))
+    assert new.config.block_size == 16 and new.config.dropout == 0.2 and new.config.n_layer == 2
+    expected = old.state_dict() | {"wpe.weight": old.wpe.weight[:16].detach()}
+    assert same(dict(new.state_dict()), dict(expected))
+
+
+# ---- OpenAI's and Hugging Face's weights -------------------------------------------------------
+
+# data/tf holds what TensorFlow 2.21 wrote: tf.compat.v1.train.Saver().save() of float32 variables
+# named as OpenAI's (model/h0/attn/c_attn/w of shape [1, in, out], ...), normal(0 or 1 for gains,
+# 0.3), for n_vocab 23, n_ctx 7, n_embd 4, n_head 2, n_layer 11. three-shards: the same values
+# without the model/ scope, on three devices with Saver(sharded=True), after AdamOptimizer.minimize
+# made its slots. expected.npz: what tf.train.load_checkpoint() reads from one-shard.
+TF = os.path.join(HERE, "data", "tf")
+
+
+def tf_weights():
+    with np.load(os.path.join(TF, "expected.npz")) as file:
+        names, shapes, dtypes, values = (file[k] for k in ("names", "shapes", "dtypes", "values"))
+    arrays, at = {}, 0
+    for name, shape, dtype in zip(names, shapes, dtypes):
+        shape = tuple(int(n) for n in re.findall(r"\d+", str(shape)))
+        arrays[str(name)] = values[at : at + math.prod(shape)].astype(str(dtype)).reshape(shape)
+        at += math.prod(shape)
+    assert at == len(values)
+    return arrays
+
+
+@pytest.mark.parametrize("folder", ("one-shard", "three-shards"))
+def test_a_checkpoint_by_tensorflow_itself(folder):
+    expected = tf_weights()
+    index = load_gpt2.read_index(os.path.join(TF, folder, "model.ckpt.index"))
+    read = {name: load_gpt2.read_array(*entry[:2], *entry[2:]).numpy()
+            for name, entry in index.items() if entry[0]}
+    scope = "" if folder == "three-shards" else "model/"
+    assert (set(read) == set(expected)) == (folder == "one-shard")
+    for name, array in expected.items():
+        ours = read[scope + name.removeprefix("model/")]
+        assert ours.dtype == array.dtype and ours.shape == array.shape
+        assert np.array_equal(ours, array), name
+    model = load_gpt2.load_gpt2(os.path.join(TF, folder))
+    weights = {name.removeprefix("model/"): array.astype(np.float64)
+               for name, array in expected.items()}
+    tokens = np.array([22, 0, 7, 7, 13, 1, 19])
+    with torch.no_grad():
+        logits = model(torch.from_numpy(tokens)[None])[0][0]
+    np.testing.assert_allclose(logits, oracle(weights, 2, tokens), rtol=0, atol=1e-4)
+
+
+def test_damaged_openai_files_are_refused(tmp_path):
+    def broken(change, *words):
+        folder = tmp_path / "x"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(os.path.join(TF, "one-shard"), folder)
+        change(folder)
+        with pytest.raises(InputError) as caught:
+            load_gpt2.load_gpt2(str(folder))
+        assert all(word in str(caught.value) for word in words), caught.value
+        assert "\n" not in str(caught.value)
+
+    data, index = "model.ckpt.data-00000-of-00001", "model.ckpt.index"
+    hparams = {"n_vocab": 23, "n_ctx": 7, "n_embd": 4, "n_head": 2, "n_layer": 11}
+
+    def rewrite(name, edit):
+        return lambda folder: (folder / name).write_bytes(edit((folder / name).read_bytes()))
+
+    broken(rewrite(data, lambda b: b[:-1]), data, "11247")
+    broken(lambda folder: (folder / data).unlink(), data, "missing")
+    broken(lambda folder: (folder / index).unlink(), index)
+    broken(rewrite(index, lambda b: b[:-1]), index, "not the index")
+    broken(rewrite(index, lambda b: b"<html>"), index, "web page")
+    broken(rewrite(index, lambda b: b""), index, "empty")
+    broken(rewrite("hparams.json", lambda b: b"<Error>"), "hparams.json", "web page")
+    broken(rewrite("hparams.json", lambda b: b"{}"), "hparams.json", "n_vocab")
+    for changes, words in (({"n_layer": 10}, ("h10/mlp/c_fc/w is left over", "h10/ln_1/g")),
+                           ({"n_layer": 12}, ("h.11.attn.c_attn.weight is missing", "h.11.ln_2")),
+                           ({"n_vocab": 24}, ("wte.weight has shape (23, 4), not (24, 4)",))):
+        broken(lambda folder, new=changes: (folder / "hparams.json").write_text(
+            json.dumps(hparams | new)), *words)
+    # a variable renamed: its name begins the block, so that the next ones share less with it
+    broken(rewrite(index, lambda b: b.replace(b"model/h0/attn/c_attn/b", b"model/h0/attn/c_attn/g",
+                                              1)), "h0/attn/c_attn/g is left over",
+           "h.0.attn.c_attn.bias is missing")
+    whole = open(os.path.join(TF, "one-shard", index), "rb").read()
+    entry = bytes([8, 1, 18, 4, 18, 2, 8, 12])  # float32, shape (12,): h*/attn/c_attn/b
+    assert whole.count(entry) == 11
+    broken(rewrite(index, lambda b: b.replace(entry, bytes([8, 2]) + entry[2:], 1)), "neither")
+    broken(rewrite(index, lambda b: b.replace(entry, entry[:-1] + b"\x0d", 1)), "does not fit")
+    header = bytes([0, 0, 6, 8, 1, 26, 2, 8, 1])  # the empty key: one shard, version 1
+    assert whole.startswith(header)
+    broken(rewrite(index, lambda b: bytes([0, 0, 6, 8, 1, 16, 1, 26, 0]) + b[9:]), "big-endian")
+    for at in random.Random(0).sample(range(len(whole)), 300):  # never a traceback, whatever flips
+        (tmp_path / "y").mkdir(exist_ok=True)
+        shutil.copytree(os.path.join(TF, "one-shard"), tmp_path / "y", dirs_exist_ok=True)
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << at % 8
+        (tmp_path / "y" / index).write_bytes(flipped)
+        with contextlib.suppress(InputError):
+            load_gpt2.load_gpt2(str(tmp_path / "y"))
+
+
+def test_swapped_shapes_are_all_listed(tmp_path):
+    shutil.copytree(os.path.join(TF, "one-shard"), tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "model.ckpt.index"
+    data = path.read_bytes()  # [1, 4, 16] <-> [1, 16, 4]: c_fc and mlp.c_proj, of the same size
+    a, b = bytes([18, 2, 8, 1, 18, 2, 8, 4, 18, 2, 8, 16]), bytes([18, 2, 8, 1, 18, 2, 8, 16, 18, 2, 8, 4])
+    path.write_bytes(data.replace(a, b"?" * 12).replace(b, a).replace(b"?" * 12, b))
+    with pytest.raises(InputError) as caught:
+        load_gpt2.load_gpt2(str(tmp_path))
+    assert str(caught.value).count("has shape") == 22
+
+
+def test_export_and_back(tmp_path):
+    torch.manual_seed(0)
+    for bias in (True, False):
+        model = GPT(GPTConfig(50257, 32, 2, 2, 8, bias=bias))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.3)
+        gpt.save_checkpoint(str(tmp_path / "x.pt"), model)
+        folder = str(tmp_path / f"out-{bias}")
+        main("load_gpt2.py", "--export", tmp_path / "x.pt", folder)
+        back = load_gpt2.load_gpt2(folder)
+        for name, parameter in model.state_dict().items():
+            assert torch.equal(parameter, back.state_dict()[name])
+        idx = torch.randint(50257, (1, 20))
+        torch.testing.assert_close(model(idx)[0], back(idx)[0])
+        alone = load_gpt2.load_gpt2(os.path.join(folder, "model.safetensors"))
+        assert same(dict(alone.state_dict()), dict(back.state_dict()))
+    config = os.path.join(folder, "config.json")
+    with open(config, encoding="utf-8") as file:
+        good = json.load(file)
+    for change in ({"activation_function": "gelu"}, {"n_inner": 17}, {"layer_norm_epsilon": 1e-6},
+                   {"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}):
+        with open(config, "w", encoding="utf-8") as file:
+            json.dump(good | change, file)
+        with pytest.raises(InputError, match=next(iter(change))):
+            load_gpt2.load_gpt2(folder)
+    with open(os.path.join(folder, "model.safetensors"), "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(InputError, match="model.safetensors"):
+        load_gpt2.load_gpt2(folder)
+
+
+def test_transformers_agrees(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=50257, n_positions=64, n_embd=24, n_layer=3, n_head=4)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.3)
+    theirs.save_pretrained(tmp_path / "a", max_shard_size="2MB")  # in shards
+    theirs.save_pretrained(tmp_path / "b")
+    idx = torch.randint(50257, (2, 20))
+    for name in "ab":
+        ours = load_gpt2.load_gpt2(str(tmp_path / name))
+        with torch.no_grad():
+            difference = (ours(idx)[0] - theirs(idx).logits).abs().max() / theirs(idx).logits.std()
+        assert difference < 1e-5
+    beams = theirs.generate(idx[:1], max_new_tokens=8, num_beams=4, do_sample=False,
+                            eos_token_id=None, pad_token_id=0)
+    assert gpt.beam_search(ours, idx[:1], 8, 4).tolist() == beams[0, 20:].tolist()
+
+    gpt.save_checkpoint(str(tmp_path / "x.pt"), ours)
+    main("load_gpt2.py", "--export", tmp_path / "x.pt", tmp_path / "c")
+    back = transformers.GPT2LMHeadModel.from_pretrained(str(tmp_path / "c")).eval()
+    assert torch.equal(back(idx).logits, theirs(idx).logits)
+    greedy = back.generate(idx[:1], max_new_tokens=30, do_sample=False, eos_token_id=None,
+                           pad_token_id=0)
+    assert collect(ours.generate(idx[:1], 30, temperature=0))[0].tolist() == greedy[0, 20:].tolist()
+    tokenizer = transformers.GPT2TokenizerFast.from_pretrained(str(tmp_path / "c"))
+    for text in ("Every effort moves you", " naïve 你好 🙂\n\n  x<|endoftext|>It's 1984"):
+        assert tokenizer(text)["input_ids"] == gpt.encode(text)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves FILES under /a and /b with ranges, and misbehaves as `faults` says."""
+    files, faults, asked = {}, {}, []
+
+    def do_GET(self):
+        self.asked.append((self.path, self.headers.get("Range")))
+        source, _, name = self.path[1:].split("/")
+        fault, data = self.faults.get((source, name)), self.files[name]
+        first = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        if fault == 404:
+            return self.send_error(404)
+        if first and first >= len(data):
+            return self.send_error(416)
+        self.send_response(206 if first else 200)
+        self.send_header("Content-Type", "text/html" if fault == "page" else "application/binary")
+        self.send_header("Content-Length", len(data) - first)
+        self.end_headers()
+        self.wfile.write(b"<html>" * 10 if fault == "page" else
+                         data[first : len(data) // 2] if fault == "cut" else data[first:])
+
+    def log_message(self, *_):
+        pass
+
+
+def test_download(tmp_path, monkeypatch):
+    for name in load_gpt2.FILES:
+        with open(os.path.join(TF, "one-shard", name), "rb") as file:
+            Server.files[name] = file.read()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(load_gpt2, "SOURCES", (base + "/a", base + "/b"))
+    hparams, index, data = load_gpt2.FILES
+
+    def fetched(folder, **faults):
+        Server.faults = {(source, name): fault for (source, name), fault in faults.get("f", {}).items()}
+        Server.asked.clear()
+        load_gpt2.download("124M", str(folder))
+        assert sorted(os.listdir(folder)) == sorted(load_gpt2.FILES)
+        for name in load_gpt2.FILES:
+            assert (folder / name).read_bytes() == Server.files[name]
+        return list(Server.asked)
+
+    assert [path for path, _ in fetched(tmp_path / "1")] == [f"/a/124M/{n}" for n in load_gpt2.FILES]
+    assert fetched(tmp_path / "1") == []  # nothing is asked for again
+    half = len(Server.files[data]) // 2
+    asked = fetched(tmp_path / "2", f={("a", data): "cut"})  # goes on at the second source
+    assert asked[-1] == (f"/b/124M/{data}", f"bytes={half}-")
+    asked = fetched(tmp_path / "3", f={("a", hparams): 404, ("a", index): "page"})
+    assert len(asked) == 5
+    (tmp_path / "4").mkdir()
+    (tmp_path / "4" / (data + ".part")).write_bytes(b"?" * 99999)  # more than there is
+    fetched(tmp_path / "4")
+    with pytest.raises(InputError, match="by hand") as caught:
+        fetched(tmp_path / "5", f={("a", data): "cut", ("b", data): 404})
+    assert data in str(caught.value) and str(tmp_path / "5") in str(caught.value)
+    assert os.path.getsize(tmp_path / "5" / (data + ".part")) == half
+    server.shutdown()
+    with pytest.raises(InputError, match="by hand"):
+        monkeypatch.setattr(load_gpt2, "SOURCES", (f"http://127.0.0.1:{free_port()}/a",) * 2)
+        load_gpt2.download("124M", str(tmp_path / "6"))
+
+
+@pytest.mark.skipif(not os.path.exists("models/124M/hparams.json")
+                    or not os.path.exists("the-verdict.txt"), reason="needs the real 124M")
+def test_the_books_losses_with_the_real_weights():
+    with open("the-verdict.txt", encoding="utf-8") as file:
+        text = file.read()
+    model = load_gpt2.load_gpt2("models/124M").eval()
+    cut, losses = int(0.9 * len(text)), []
+    for part in (text[:cut], text[cut:]):
+        ids = torch.tensor(gpt.encode(part))
+        windows = ids[: (len(ids) - 1) // 256 * 256 + 1].unfold(0, 257, 256)
+        with torch.no_grad():
+            losses.append(model(windows[:, :-1], windows[:, 1:])[1].item())
+    assert losses == pytest.approx([3.7547, 3.5596], abs=2e-4)

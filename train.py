@@ -37,7 +37,7 @@ from gpt import (GPT, GPTConfig, InputError, choose_device, command_line, encode
                  load_checkpoint, save_checkpoint)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-END_OF_TEXT = "<|endoftext|>"
+PIECE = 1 << 20  # bytes of text in memory at a time
 
 
 def read_text(path):
@@ -51,12 +51,12 @@ def read_text(path):
         raise InputError(f"--data={path}: the folder has no .txt file")
     for name in files:
         if name != files[0]:
-            yield END_OF_TEXT
+            yield "<|endoftext|>"
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
         decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
         with open(name, "rb") as file:
             try:
-                while piece := file.read(1 << 20):
+                while piece := file.read(PIECE):
                     yield decoder.decode(piece)
                 yield decoder.decode(b"", final=True)
             except UnicodeDecodeError as error:
@@ -106,7 +106,7 @@ def split_safely(pieces):
     for piece in pieces:
         text += piece
         last = re.search(r"[ \n]\S", text[::-1])  # reversed, the last such place is the first
-        if last and len(text) > 1 << 20:
+        if last and len(text) >= PIECE:
             cut = len(text) - last.start() - 1
             yield text[:cut]
             text = text[cut:]
@@ -172,8 +172,9 @@ def learning_rate(step, args):
     """
     if step < args.warmup_iters:
         return args.learning_rate * (step + 1) / args.warmup_iters
-    decay_iters = max(1, args.lr_decay_iters - args.warmup_iters)
-    progress = min(1.0, (step - args.warmup_iters) / decay_iters)
+    if step >= args.lr_decay_iters:
+        return args.min_lr
+    progress = (step - args.warmup_iters) / (args.lr_decay_iters - args.warmup_iters)
     return args.min_lr + (args.learning_rate - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -225,8 +226,10 @@ def plot(log_path, png_path):
                   yscale="linear" if name == "loss" else "log")
         panel.grid(alpha=0.3)
         panel.legend()
-        tokens = int(rows[-1]["tokens"]) / max(1, int(rows[-1]["iter"]))  # tokens a step
-        panel.secondary_xaxis("top", functions=(lambda x: x * tokens, lambda x: x / max(tokens, 1))).set_xlabel("tokens seen")
+        if last := int(rows[-1]["iter"]):
+            per_step = int(rows[-1]["tokens"]) / last
+            panel.secondary_xaxis("top", functions=(
+                lambda step: step * per_step, lambda seen: seen / per_step)).set_xlabel("tokens seen")
     figure.savefig(png_path, dpi=110)
     plt.close(figure)
 
