@@ -18,6 +18,7 @@ import sys
 import zipfile
 from dataclasses import asdict, dataclass, fields
 
+import numpy as np
 import tiktoken
 import torch
 import torch.nn as nn
@@ -56,12 +57,13 @@ def dropout(x, p, training):
     """Zeroes each element of x with probability p while training, and scales up the others."""
     if not training or p == 0:
         return x
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
-    # PyTorch draws CPU masks one number at a time on one thread. Four 16-bit numbers out of each
-    # random 64-bit word are several times cheaper, and p is still met to 1 part in 65,536.
-    words = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
-    numbers = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform, -32768 to 32767
+    # PyTorch draws a CPU's mask one number at a time. NumPy's SFC64 draws 64 bits at once, here
+    # four 16-bit numbers: 3 times faster, and p is still met to 1 part in 65,536.
+    generator = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
+    words = generator.integers(0, 2**64, x.numel() // 4 + 1, dtype=np.uint64)
+    numbers = torch.from_numpy(words.view(np.int16))[: x.numel()].view(x.shape)  # -32768 to 32767
     cut = round(p * 65536)
     keep = torch.ge(numbers, cut - 32768, out=torch.empty_like(x))  # 0 or 1, in the dtype of x
     return x * keep.mul_(65536 / (65536 - cut))
@@ -242,9 +244,7 @@ class GPT(nn.Module):
         if past + T > self.config.block_size:
             raise InputError(f"a sequence of {past + T} tokens is longer than "
                              f"block_size={self.config.block_size}")
-        # A sparse gradient here spares a CPU a zero-filled (V, C) matrix beside the head's gradient.
-        sparse = idx.device.type == "cpu" and not torch.compiler.is_compiling()
-        x = F.embedding(idx, self.wte.weight, sparse=sparse)  # (B, T, C)
+        x = self.wte(idx)  # (B, T, C)
         x = x + self.wpe.weight[past : past + T]
         x = dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.h):
