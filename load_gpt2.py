@@ -23,8 +23,8 @@ import urllib.request
 import numpy as np
 import torch
 
-from gpt import (GPT, VOCAB_PATH, GPTConfig, InputError, byte_spelling, command_line, get_tokenizer,
-                 load_checkpoint, save_checkpoint, wrong_names)
+from gpt import (GPT, VOCAB_PATH, GPTConfig, InputError, byte_spelling, check_names, command_line,
+                 get_tokenizer, load_checkpoint, save_checkpoint, what_is)
 
 SIZES = {"124M": "124M", "355M": "355M", "774M": "774M", "1558M": "1558M", "gpt2": "124M",
          "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
@@ -68,7 +68,7 @@ def read_block(data, offset, size):
     """Yields the (key, value) pairs of one block of the table, both bytes.
 
     An entry is: how many bytes its key shares with the key before, how many it adds, the value's
-    length, the added bytes, the value. After the entries come 4-byte restart points and their count.
+    length, the added bytes, the value. Restart points follow, 4 bytes each, and their number.
     """
     if data[offset + size] != 0:  # the byte after a block names its compression
         raise InputError("a block is compressed, which OpenAI's are not")
@@ -101,9 +101,13 @@ def read_index(path):
 
     Sizes are checked against the data files' lengths, checksums are not. Raises InputError.
     """
-    data = read_bytes(path)
+    data = b""
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            data = file.read()
     if data[-8:] != (0xDB4775248B80FB57).to_bytes(8, "little"):
-        raise InputError(f"{path} is {what_it_is(data)}, not the index of a TensorFlow checkpoint")
+        raise InputError(f"{path} is {what_is(path)}, not the index of a TensorFlow checkpoint: "
+                         "get it again")
     try:
         footer = data[-48:]  # where two blocks are: of other things (skipped), of the data blocks
         at = read_varint(footer, read_varint(footer, 0)[1])[1]
@@ -143,25 +147,13 @@ def read_index(path):
     return variables
 
 
-def what_it_is(head):
-    """For messages: what a file that is not the right one seems to be."""
-    return ("empty" if not head else "a web page (a download's error message?)"
-            if head.lstrip().startswith(b"<") else "something else")
-
-
-def read_bytes(path):
-    if not os.path.isfile(path):
-        raise InputError(f"{path} is missing")
-    with open(path, "rb") as file:
-        return file.read()
-
-
 def read_json(path):
-    data = read_bytes(path)
+    """A JSON file's content, an object. Raises InputError for anything else."""
     try:
-        return json.loads(data)
-    except ValueError as error:
-        raise InputError(f"{path} is {what_it_is(data)}, not JSON: get the file again") from error
+        with open(path, encoding="utf-8") as file:
+            return dict(json.load(file))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is {what_is(path)}, not the JSON file: get it again") from error
 
 
 def open_openai(folder):
@@ -262,8 +254,7 @@ def load_gpt2(path):
     transposed = {our for our, _, is_transposed in table if is_transposed}
     shapes = {our: torch.empty(shape[::-1] if our in transposed else shape, device="meta")
               for our, (shape, _) in stored.items()}
-    if problems := wrong_names(model, shapes):
-        raise InputError(f"{path}: the weights do not fit the configuration: {problems}")
+    check_names(path, model, shapes)
     model.to_empty(device="cpu")
     for our, parameter in model.named_parameters():
         _, read = stored.pop(our)  # each exactly once
@@ -301,11 +292,12 @@ def fetch(url, target):
         os.remove(part)
         return fetch(url, target)
     with response:
-        if "html" in response.headers.get("Content-Type", "") or "Content-Length" not in response.headers:
+        length, kind = (response.headers.get(f"Content-{name}") for name in ("Length", "Type"))
+        if not length or "html" in (kind or ""):
             raise InputError("the answer is a web page, not the file")
         if response.status != 206:  # a server that cannot go on sends all
             have = 0
-        total, start, begun = have + int(response.headers["Content-Length"]), time.time(), have
+        total, start, begun = have + int(length), time.time(), have
         with open(part, "ab" if have else "wb") as file:
             while chunk := response.read(1 << 20):
                 file.write(chunk)

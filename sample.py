@@ -5,17 +5,14 @@
 """
 import argparse
 import codecs
-import io
 import os
 import sys
 import time
 
 import torch
 
-from gpt import (InputError, beam_search, check_sampling, choose_device, command_line, encode,
-                 get_tokenizer, load_checkpoint)
-
-END_OF_TEXT = 50256
+from gpt import (END_OF_TEXT, InputError, beam_search, check_sampling, choose_device, command_line,
+                 encode, get_tokenizer, load_checkpoint)
 
 parser = command_line(__doc__)
 flag = parser.add_argument
@@ -38,14 +35,13 @@ if args.num_samples < 1 or (args.num_beams and args.num_samples > 1) or args.num
     raise InputError(f"--num_samples={args.num_samples} --num_beams={args.num_beams}: at least 1 "
                      "sample is needed, and beam search gives exactly 1")
 prompt = args.start
-try:
-    if prompt == "-":
-        prompt = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig").read()
-    elif prompt.startswith("FILE:"):
-        with open(prompt.removeprefix("FILE:"), encoding="utf-8-sig") as file:
-            prompt = file.read()
-except UnicodeDecodeError as error:
-    raise InputError(f"--start={args.start}: byte {error.start} is not UTF-8") from error
+if prompt == "-" or prompt.startswith("FILE:"):
+    with sys.stdin.buffer if prompt == "-" else open(prompt.removeprefix("FILE:"), "rb") as file:
+        data = file.read()
+    try:
+        prompt = data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--start={args.start}: byte {error.start} is not UTF-8") from error
 
 if not os.path.exists(args.checkpoint):
     raise InputError(f"--checkpoint={args.checkpoint}: no such file; train one (python train.py) "
@@ -74,7 +70,8 @@ start = time.perf_counter()
 if args.num_beams:
     tokens = beam_search(model, idx, args.max_new_tokens, args.num_beams, stop_token)[:, None]
 else:
-    generator = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(args.seed)
+    generator = torch.Generator("cpu" if device.type == "mps" else device)
+    generator.manual_seed(args.seed % 2**63)
     tokens = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
                             stop_token, generator)
 

@@ -11,6 +11,7 @@ import pickle
 import random
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import socket
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import zipfile
 
 import numpy as np
@@ -46,15 +48,16 @@ def command(script, *flags, status=0, cwd=None, **options):
 
 def main(script, *flags):
     """Runs a script inside this process: no seconds of imports, and its errors are exceptions."""
-    saved = sys.argv, sys.excepthook, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    saved = sys.argv, sys.excepthook
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [script, *map(str, flags)]
     try:
         runpy.run_path(os.path.join(HERE, script), run_name="__main__")
     except SystemExit as end:
         assert not end.code, end.code
     finally:
-        sys.argv, sys.excepthook = saved[:2]
-        for number, handler in saved[2].items():
+        sys.argv, sys.excepthook = saved
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
@@ -368,7 +371,8 @@ def test_tokenizer():
     assert gpt.encode("a<|endoftext|>b") == [64, 50256, 65]
     tokenizer = gpt.get_tokenizer()
     assert tokenizer.name == "gpt2" and tokenizer.n_vocab == 50257
-    for text in ("naïve café 你好 🙂🙃 \u202e\u0301 \x00\x7f \t\r\n  \u3000x", " " * 50 + "\n\n x", ""):
+    for text in ("naïve café 你好 🙂🙃 \u202e\u0301 \x00\x7f \t\r\n  \u3000x",
+                 " " * 50 + "\n\n x", ""):
         assert tokenizer.decode(gpt.encode(text)) == text
     with open(gpt.VOCAB_PATH, "rb") as file:
         assert hashlib.sha256(file.read()).hexdigest() == (
@@ -412,8 +416,8 @@ def test_train_and_sample_as_a_user_would(run):
     assert "step 10" in err and "tokens/s" in err
     out, _ = command("sample.py", "--num_samples=3", "--start=-", *flags, input="\ufeffIvy")
     assert out.startswith("Ivy") and out.count("-" * 80 + "\nIvy") == 2
-    out, err = command("sample.py", "--start=" + "x " * 40, "--num_beams=2", "--no-stop", *flags[:2],
-                       "--max_new_tokens=0")
+    out, err = command("sample.py", "--start=" + "x " * 40, "--num_beams=2", "--no-stop",
+                       *flags[:2], "--max_new_tokens=0")
     assert out.startswith("x x") and "last 32" in err
 
 
@@ -623,14 +627,15 @@ def test_damaged_and_hostile_checkpoints_are_refused(tmp_path, monkeypatch):
     flipped = bytearray(good)
     flipped[good.index(state["model"]["wte.weight"].numpy().tobytes()) + 100] ^= 1
     for name, content in {"empty.pt": b"", "half.pt": good[: len(good) // 2], "page.pt":
-                          b"<!DOCTYPE html>", "text.pt": b"hello", "pickle.pt": pickle.dumps(Evil()),
-                          "flipped.pt": bytes(flipped)}.items():
+                          b"<!DOCTYPE html>", "text.pt": b"hello",
+                          "pickle.pt": pickle.dumps(Evil()), "flipped.pt": bytes(flipped)}.items():
         with open(name, "wb") as file:
             file.write(content)
-    for name, words in {"missing.pt": "no such file", "empty.pt": "empty", "half.pt": "cut short",
-                        "page.pt": "web page", "text.pt": "no checkpoint", "evil.pt": "refused",
-                        "pickle.pt": "refused", "other.pt": "lacks config", "flipped.pt": "damaged",
-                        "few.pt": "wte.weight has shape.*|wpe.weight is missing"}.items():
+    for name, words in {"missing.pt": "missing", "empty.pt": "empty", "half.pt": "cut short",
+                        "page.pt": "web page", "text.pt": "something else", "evil.pt": "refused",
+                        "pickle.pt": "not a checkpoint", "other.pt": "no config",
+                        "flipped.pt": "damaged",
+                        "few.pt": r"wpe.weight is missing.*wte.weight is \(2, 2\)"}.items():
         with pytest.raises(InputError, match=words) as caught:
             gpt.load_checkpoint(name, verify=True)
         assert name in str(caught.value) and "\n" not in str(caught.value)
@@ -651,17 +656,19 @@ def faults(folder):
     shutil.copy(folder / "small.pt", folder / "weights" / "ckpt.pt")
     (folder / "nothing").mkdir()
     return (
-        (["--data=empty.txt"], "no text"), (["--data=nowhere.txt"], "no such file"),
+        (["--data=empty.txt"], "no text"), (["--data=nowhere.txt"], "no such file or folder"),
         (["--data=nothing"], "no .txt"), (["--data=latin.txt"], r"byte 3 \(0xe9\)"),
         (["--data=odd.bin"], "3 bytes"),
         (["--data=short.txt"], r"108 .*13 .*--block_size=256.*--block_size=12$"),
-        (["--data=medium.txt", "--block_size=64"], "validation split"),
+        (["--data=medium.txt", "--block_size=64"], "17 to validate.*--block_size=16"),
         (["--n_embd=10", "--n_head=3"], "n_embd=10.*n_head=3"),
         (["--batchsize=2"], "--batchsize"), (["--batch_size=0"], "at least 1"),
         (["--learning_rate=nan"], "nan"), (["--max_iters=-1"], "-1"), (["--dropout=1"], "below 1"),
-        (["--device=cuda:99"], "cuda:99"), (["--device=gpu"], "gpu"), (["--dtype=int8"], "int8"),
+        (["--device=cuda:99"], "cuda:99.*--device=auto"), (["--device=gpu"], "gpu"),
+        (["--dtype=int8"], "int8"),
         (["--device=cpu", "--dtype=float16"], "float16"),
-        (["--init_from=page.pt"], "web page"), (["--init_from=vocab.pt", "--block_size=16"], "61.*50257"),
+        (["--init_from=page.pt"], "web page"),
+        (["--init_from=vocab.pt", "--block_size=16"], "61.*50257"),
         (["--init_from=small.pt", "--n_layer=2"], "n_layer=2.* has 1"),
         (["--init_from=small.pt", "--block_size=32"], "32.*16"),
         (["--resume", "--out_dir=weights"], "--init_from"), (["--resume"], "no out.ckpt.pt"),
@@ -793,14 +800,15 @@ def test_damaged_openai_files_are_refused(tmp_path):
     broken(rewrite("hparams.json", lambda b: b"{}"), "hparams.json", "n_vocab")
     for changes, words in (({"n_layer": 10}, ("h10/mlp/c_fc/w is left over", "h10/ln_1/g")),
                            ({"n_layer": 12}, ("h.11.attn.c_attn.weight is missing", "h.11.ln_2")),
-                           ({"n_vocab": 24}, ("wte.weight has shape (23, 4), not (24, 4)",))):
+                           ({"n_vocab": 24}, ("wte.weight is (23, 4), not (24, 4)",))):
         broken(lambda folder, new=changes: (folder / "hparams.json").write_text(
             json.dumps(hparams | new)), *words)
     # a variable renamed: its name begins the block, so that the next ones share less with it
     broken(rewrite(index, lambda b: b.replace(b"model/h0/attn/c_attn/b", b"model/h0/attn/c_attn/g",
                                               1)), "h0/attn/c_attn/g is left over",
            "h.0.attn.c_attn.bias is missing")
-    whole = open(os.path.join(TF, "one-shard", index), "rb").read()
+    with open(os.path.join(TF, "one-shard", index), "rb") as file:
+        whole = file.read()
     entry = bytes([8, 1, 18, 4, 18, 2, 8, 12])  # float32, shape (12,): h*/attn/c_attn/b
     assert whole.count(entry) == 11
     broken(rewrite(index, lambda b: b.replace(entry, bytes([8, 2]) + entry[2:], 1)), "neither")
@@ -808,7 +816,7 @@ def test_damaged_openai_files_are_refused(tmp_path):
     header = bytes([0, 0, 6, 8, 1, 26, 2, 8, 1])  # the empty key: one shard, version 1
     assert whole.startswith(header)
     broken(rewrite(index, lambda b: bytes([0, 0, 6, 8, 1, 16, 1, 26, 0]) + b[9:]), "big-endian")
-    for at in random.Random(0).sample(range(len(whole)), 300):  # never a traceback, whatever flips
+    for at in random.Random(0).sample(range(len(whole)), 100):  # never a traceback, whatever flips
         (tmp_path / "y").mkdir(exist_ok=True)
         shutil.copytree(os.path.join(TF, "one-shard"), tmp_path / "y", dirs_exist_ok=True)
         flipped = bytearray(whole)
@@ -822,11 +830,11 @@ def test_swapped_shapes_are_all_listed(tmp_path):
     shutil.copytree(os.path.join(TF, "one-shard"), tmp_path, dirs_exist_ok=True)
     path = tmp_path / "model.ckpt.index"
     data = path.read_bytes()  # [1, 4, 16] <-> [1, 16, 4]: c_fc and mlp.c_proj, of the same size
-    a, b = bytes([18, 2, 8, 1, 18, 2, 8, 4, 18, 2, 8, 16]), bytes([18, 2, 8, 1, 18, 2, 8, 16, 18, 2, 8, 4])
+    a, b = (bytes([18, 2, 8, 1, 18, 2, 8, x, 18, 2, 8, y]) for x, y in ((4, 16), (16, 4)))
     path.write_bytes(data.replace(a, b"?" * 12).replace(b, a).replace(b"?" * 12, b))
     with pytest.raises(InputError) as caught:
         load_gpt2.load_gpt2(str(tmp_path))
-    assert str(caught.value).count("has shape") == 22
+    assert str(caught.value).count(", not (") == 22
 
 
 def test_export_and_back(tmp_path):
@@ -928,7 +936,7 @@ def test_download(tmp_path, monkeypatch):
     hparams, index, data = load_gpt2.FILES
 
     def fetched(folder, **faults):
-        Server.faults = {(source, name): fault for (source, name), fault in faults.get("f", {}).items()}
+        Server.faults = faults.get("f", {})
         Server.asked.clear()
         load_gpt2.download("124M", str(folder))
         assert sorted(os.listdir(folder)) == sorted(load_gpt2.FILES)
@@ -936,7 +944,8 @@ def test_download(tmp_path, monkeypatch):
             assert (folder / name).read_bytes() == Server.files[name]
         return list(Server.asked)
 
-    assert [path for path, _ in fetched(tmp_path / "1")] == [f"/a/124M/{n}" for n in load_gpt2.FILES]
+    asked = fetched(tmp_path / "1")
+    assert [path for path, _ in asked] == [f"/a/124M/{name}" for name in load_gpt2.FILES]
     assert fetched(tmp_path / "1") == []  # nothing is asked for again
     half = len(Server.files[data]) // 2
     asked = fetched(tmp_path / "2", f={("a", data): "cut"})  # goes on at the second source
@@ -969,3 +978,45 @@ def test_the_books_losses_with_the_real_weights():
         with torch.no_grad():
             losses.append(model(windows[:, :-1], windows[:, 1:])[1].item())
     assert losses == pytest.approx([3.7547, 3.5596], abs=2e-4)
+
+
+# ---- README.md ---------------------------------------------------------------------------------
+
+def test_every_command_of_the_readme(tmp_path, monkeypatch):
+    """In their order, in one folder, on small models; pip, pytest and curl are left out."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        blocks = re.findall(r"```sh\n(.*?)```", file.read(), flags=re.DOTALL)
+    commands = [part.strip() for line in "".join(blocks).splitlines() for part in line.split("&&")]
+    monkeypatch.chdir(tmp_path)
+    for name in ("my.txt", "shakespeare.txt", "the-verdict.txt"):
+        shutil.copy(os.path.join(HERE, "data", "story.txt"), name)
+    with zipfile.ZipFile(os.path.join(TF, "vocab.zip")) as archive:  # OpenAI's server, but small
+        for name in load_gpt2.FILES:
+            Server.files[name] = archive.read(name)
+    Server.faults = {}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    urlopen = urllib.request.urlopen
+    monkeypatch.setattr(urllib.request, "urlopen", lambda request, timeout: urlopen(
+        urllib.request.Request(request.full_url.replace(
+            load_gpt2.SOURCES[0], f"http://127.0.0.1:{server.server_port}/a"))))
+    few = ("--max_iters=2", "--eval_iters=1", "--device=cpu")
+    done = []
+    for words in map(shlex.split, commands):
+        if words[0] in ("pip", "pytest", "curl"):
+            continue
+        script, *flags = words[words.index("python") + 1 :] if "python" in words else words
+        small = SMALL if "--init_from" not in " ".join(flags) else ()
+        if "--resume" in flags:
+            main(script, *flags, "--max_iters=3")
+        elif script == "torchrun":
+            subprocess.run([sys.executable, "-m", "torch.distributed.run", "--master_port",
+                            str(free_port()), flags[0], os.path.join(HERE, flags[1]), *flags[2:],
+                            *small, *few], check=True, timeout=300)
+        elif script == "train.py":
+            main(script, *flags, *small, "--block_size=32", *few)
+        else:
+            main(script, *flags, *(["--max_new_tokens=3"] if script == "sample.py" else []))
+        done.append(script)
+    assert set(done) == {"train.py", "sample.py", "load_gpt2.py", "torchrun"} and len(done) > 12
+    server.shutdown()

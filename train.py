@@ -1,16 +1,15 @@
-"""Trains a GPT-2 on a text, from scratch or from a checkpoint.
+"""Trains a GPT-2 on a text, from nothing or from a checkpoint.
 
     python train.py --batch_size=2 --max_iters=150     the built-in story, on any machine
     python train.py --data=my.txt --out_dir=my         your own text
     python train.py --resume                           goes on where it stopped
-    torchrun --nproc_per_node=4 train.py ...           the same run on four GPUs
+    torchrun --nproc_per_node=4 train.py ...           one run on four GPUs
 
-Read it after gpt.py. The functions come first, the script after them runs from top to bottom.
+To be read after gpt.py. First come the functions, then the script that runs from top to bottom.
 """
 import argparse
 import codecs
 import concurrent.futures
-import contextlib
 import copy
 import csv
 import ctypes
@@ -33,223 +32,31 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from gpt import (GPT, GPTConfig, InputError, choose_device, command_line, encode, get_tokenizer,
-                 load_checkpoint, save_checkpoint)
+from gpt import (END_OF_TEXT, GPT, GPTConfig, InputError, choose_device, command_line, encode,
+                 get_tokenizer, load_checkpoint, save_checkpoint)
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-PIECE = 1 << 20  # bytes of text in memory at a time
-
-
-def read_text(path):
-    """Yields the text of a UTF-8 file, or of a folder's .txt files, about a million bytes at once.
-
-    Files of a folder come sorted by name with <|endoftext|> between them. Byte-order marks are
-    dropped, line ends become \\n. InputError for no text, or with the place of a byte not UTF-8.
-    """
-    files = sorted(glob.glob(os.path.join(glob.escape(path), "*.txt"))) if os.path.isdir(path) else [path]
-    if not files:
-        raise InputError(f"--data={path}: the folder has no .txt file")
-    for name in files:
-        if name != files[0]:
-            yield "<|endoftext|>"
-        decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
-        with open(name, "rb") as file:
-            try:
-                while piece := file.read(PIECE):
-                    yield decoder.decode(piece)
-                yield decoder.decode(b"", final=True)
-            except UnicodeDecodeError as error:
-                offset = file.tell() - len(error.object) + error.start
-                raise InputError(f"{name}: byte {offset} (0x{error.object[error.start]:02x}) is not UTF-8; "
-                                 "save the file as UTF-8") from error
+STORY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "story.txt")
+PIECE = 1 << 20  # bytes of text read at a time
 
 
-def tokenize(path, folder, say):
-    """The text at path as GPT-2 tokens: a read-only uint16 array mapped from a file in folder.
-
-    50,257 ids fit 16 bits, so a token costs two bytes on disk. The file is named by the text's
-    hash: it is made once, and a changed text never meets the tokens of an older one. Memory stays
-    constant however long the text. Returns (tokens, characters, hash).
-    """
-    sha, characters = hashlib.sha256(), 0
-    for piece in read_text(path):
-        sha.update(piece.encode())
-        characters += len(piece)
-    if characters == 0:
-        raise InputError(f"--data={path}: there is no text in it")
-    key = sha.hexdigest()[:16]
-    target = os.path.join(folder, f"tokens-{key}.bin")
-    if not os.path.exists(target):
-        encode = functools.partial(get_tokenizer().encode_to_numpy, allowed_special="all")
-        temporary = f"{target}.{os.getpid()}.tmp"
-        threads, done = os.cpu_count(), 0
-        pieces = split_safely(read_text(path))
-        with open(temporary, "wb") as file, concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            while group := list(itertools.islice(pieces, 4 * threads)):
-                for ids in pool.map(encode, group):  # tiktoken lets the threads run at once
-                    ids.astype(np.uint16).tofile(file)
-                done += sum(map(len, group))
-                if characters > 10_000_000:
-                    say(f"\rtokenizing: {done / characters:.0%}", end="", flush=True)
-        os.replace(temporary, target)
-        say("\r" if characters > 10_000_000 else "", end="")
-    return np.memmap(target, dtype=np.uint16, mode="r"), characters, key
-
-
-def split_safely(pieces):
-    """Regroups pieces of a text so that encoding them one by one gives the ids of the whole text.
-
-    No GPT-2 token reaches from a sign into the white space after it, so there it may be cut.
-    """
-    text = ""
-    for piece in pieces:
-        text += piece
-        last = re.search(r"[ \n]\S", text[::-1])  # reversed, the last such place is the first
-        if last and len(text) >= PIECE:
-            cut = len(text) - last.start() - 1
-            yield text[:cut]
-            text = text[cut:]
-    if text:
-        yield text
-
-
-def load_tokens(path, folder, say):
-    """--data -> (tokens (n,) uint16, a description, a key that changes when the data does)."""
-    if not os.path.exists(path):
-        raise InputError(f"--data={path}: no such file or folder")
-    if not path.endswith(".bin"):
-        tokens, characters, key = tokenize(path, folder, say)
-        return tokens, f"{path}: {characters:,} characters, {len(tokens):,} tokens", key
-    size = os.path.getsize(path)
-    if size == 0 or size % 2:
-        raise InputError(f"--data={path}: {size} bytes cannot be uint16 tokens, two bytes each")
-    tokens, sha = np.memmap(path, dtype=np.uint16, mode="r"), hashlib.sha256()
-    for start in range(0, len(tokens), 1 << 24):
-        part = tokens[start : start + (1 << 24)]
-        if part.max() > 50256:
-            where = start + int(np.argmax(part > 50256))
-            raise InputError(f"--data={path}: token {where} is {tokens[where]}, but GPT-2's last "
-                             "is 50256; was another tokenizer used?")
-        sha.update(part)
-    return tokens, f"{path}: {len(tokens):,} tokens", sha.hexdigest()[:16]
-
-
-@functools.lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
-def shuffled(n_windows, seed, epoch):
-    """The order in which an epoch reads its windows: a permutation of 0 .. n_windows - 1."""
-    return np.random.default_rng((seed, epoch)).permutation(n_windows)
-
-
-def windows_of(step, micro, args, n_windows):
-    """The windows of a step's micro-batch: a pure function of its arguments, so that nothing of
-    the order needs saving, and a resumed run meets the windows it would have met."""
-    first = step * args.windows_a_step + micro * args.batch_size  # so many were read before
-    return [int(shuffled(n_windows, args.seed, i // n_windows)[i % n_windows])
-            for i in range(first, first + args.batch_size)]
-
-
-def dropout_seed(seed, step, micro):
-    """What the generator is set to before a micro-batch: for the same reason a pure function."""
-    return int(np.random.SeedSequence((seed, step, micro)).generate_state(1, np.uint64)[0])
-
-
-def get_batch(tokens, windows, block_size, device):
-    """-> inputs, targets, each (B, T) int64: T tokens give T predictions, each of the next one."""
-    rows = [tokens[w * block_size : (w + 1) * block_size + 1] for w in windows]
-    rows = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
-    if device.type == "cuda":  # pinned, the copy runs while the GPU still computes
-        rows = rows.pin_memory()
-    rows = rows.to(device, non_blocking=True)
-    return rows[:, :-1], rows[:, 1:]
-
-
-def learning_rate(step, args):
-    """The rate of step `step` (from 0): a linear warm-up, then half a cosine down to min_lr.
-
-    AdamW's averages know nothing at first, so the first steps are kept small; the last ones are
-    small to settle. It is never 0, whatever the lengths.
-    """
-    if step < args.warmup_iters:
-        return args.learning_rate * (step + 1) / args.warmup_iters
-    if step >= args.lr_decay_iters:
-        return args.min_lr
-    progress = (step - args.warmup_iters) / (args.lr_decay_iters - args.warmup_iters)
-    return args.min_lr + (args.learning_rate - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
-
-
-@torch.no_grad()
-def evaluate(model, splits, args, rank, processes, autocast):
-    """Mean loss of each split in nats, over the same windows every time; dropout off.
-
-    Nothing random is drawn, so training goes on as if there had been no evaluation.
-    """
-    device = model.wte.weight.device
-    sums = torch.zeros(len(splits), dtype=torch.float64)
-    model.eval()
-    for i, (tokens, n_windows) in enumerate(splits):
-        mine = range(n_windows)[rank::processes]
-        for start in range(0, len(mine), args.batch_size):
-            windows = mine[start : start + args.batch_size]
-            with autocast():
-                _, loss = model(*get_batch(tokens, windows, args.block_size, device))
-            sums[i] += loss.item() * len(windows) / n_windows
-    model.train()
-    if processes > 1:
-        sums = sums.to(device)
-        dist.all_reduce(sums)
-    return sums.tolist()
-
-
-def plot(log_path, png_path):
-    """Draws loss and perplexity over steps, with the tokens seen on a second axis."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("warning: no loss.png without matplotlib", file=sys.stderr)
-        return
-    matplotlib.use("Agg")  # draws into a file, needs no screen
-    import matplotlib.pyplot as plt
-
-    with open(log_path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for panel, name in zip(panels, ("loss", "perplexity")):
-        for column, label, style in (("loss", "each step", "C0-"), ("train_loss", "training", "C0o-"),
-                                     ("val_loss", "validation", "C1o-")):
-            points = [(int(row["iter"]), float(row[column])) for row in rows if row[column]]
-            steps, values = zip(*points) if points else ((), ())
-            values = values if name == "loss" else [math.exp(min(v, 100)) for v in values]
-            panel.plot(steps, values, style, label=label, markersize=4,
-                       alpha=0.3 if column == "loss" else 1)
-        panel.set(xlabel="step", ylabel=name + (" (nats a token)" if name == "loss" else ""),
-                  yscale="linear" if name == "loss" else "log")
-        panel.grid(alpha=0.3)
-        panel.legend()
-        if last := int(rows[-1]["iter"]):
-            per_step = int(rows[-1]["tokens"]) / last
-            panel.secondary_xaxis("top", functions=(
-                lambda step: step * per_step, lambda seen: seen / per_step)).set_xlabel("tokens seen")
-    figure.savefig(png_path, dpi=110)
-    plt.close(figure)
-
+# ---- Flags ---------------------------------------------------------------------------------------
 
 def number(kind, low, below=math.inf):
-    """An argparse type: a number of that kind, at least low and below the bound (nan is neither)."""
+    """A type for argparse: an int or float from low to below the bound, which nan never is."""
     def parse(text):
         if not low <= (value := kind(text)) < below:
             bound = "" if below == math.inf else f" and below {below}"
             raise argparse.ArgumentTypeError(f"{text}: at least {low}{bound} is needed")
         return value
-    parse.__name__ = {int: "whole number", float: "number"}[kind]
+    parse.__name__ = "whole number" if kind is int else "number"
     return parse
 
 
 def flags():
-    """The command line's parser. nanoGPT's names where it has one."""
+    """The command line's parser, with nanoGPT's names where it has one."""
     parser = command_line(__doc__)
     flag, on_off = parser.add_argument, argparse.BooleanOptionalAction
-    flag("--data", type=os.path.abspath, default=os.path.join(HERE, "data", "story.txt"),
+    flag("--data", type=os.path.abspath, default=STORY,
          help="a UTF-8 text file, a folder of .txt files, or a .bin of uint16 tokens")
     flag("--out_dir", default="out", help="where checkpoints, log and plot go")
     flag("--init_from", help="a checkpoint whose weights start a new run")
@@ -263,7 +70,7 @@ def flags():
     flag("--n_layer", type=number(int, 1), default=12, help="blocks")
     flag("--n_head", type=number(int, 1), default=12, help="attention heads a block")
     flag("--n_embd", type=number(int, 1), default=768, help="channels")
-    flag("--dropout", type=number(float, 0, 1), default=0.1, help="share of activations zeroed")
+    flag("--dropout", type=number(float, 0, 1), default=0.1, help="share of activations dropped")
     flag("--bias", action=on_off, default=True, help="biases in linear layers and LayerNorms")
     flag("--learning_rate", type=number(float, 1e-12), default=4e-4, help="the highest rate")
     flag("--min_lr", type=number(float, 0), default=4e-5, help="the rate at the end")
@@ -284,99 +91,292 @@ def flags():
     return parser
 
 
-# What may be given anew with --resume; any other change would make it another run.
+# What --resume takes anew; a change of anything else would make it another run.
 FREE = ("data", "out_dir", "resume", "overwrite", "eval_only", "max_iters", "device", "compile",
         "eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps")
 
 
 def starting_point(processes):
-    """Reads the flags and what they build on -> args, GPT or None, training state ({} if new)."""
+    """Reads the flags and the checkpoint they name -> args, GPT or None, training state or {}."""
     parser = flags()
     args = parser.parse_args()
-    path = os.path.join(args.out_dir, "ckpt.pt")
-    model, state = None, {}
+    path, model, state = os.path.join(args.out_dir, "ckpt.pt"), None, {}
     if args.resume:
         if not os.path.exists(path):
-            raise InputError(f"--resume: there is no {path}; start a run without --resume, or "
-                             "name the right --out_dir")
+            raise InputError(f"--resume: there is no {path}; start a run without --resume, or name "
+                             "the right --out_dir")
         model, state = load_checkpoint(path, verify=True)
         if "optimizer" not in state:
             raise InputError(f"--resume: {path} has weights but no optimizer state; start a new "
-                             f"run from it: --init_from={path} and another --out_dir")
-        saved = state["args"]
-        saved["out_dir"] = args.out_dir
-        args = parser.parse_args(namespace=argparse.Namespace(**saved))  # the flags given on top
+                             f"run from it with --init_from={path} and another --out_dir")
+        saved = state["args"] | {"out_dir": args.out_dir}
+        args = parser.parse_args(namespace=argparse.Namespace(**saved))  # new flags over saved ones
         for name, value in vars(args).items():
             if name not in FREE and value != saved.get(name, value):
-                raise InputError(f"--{name}={value}: the run in {args.out_dir} has {saved[name]}; "
-                                 "changing it would make another run (--init_from starts one)")
+                raise InputError(f"--{name}={value}: the run in {args.out_dir} has {saved[name]}, "
+                                 "and would be another one; --init_from starts a new run from it")
     elif args.init_from:
         model, _ = load_checkpoint(args.init_from)
-        shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd", "bias")}
+        shape = {name: getattr(model.config, name)
+                 for name in ("n_layer", "n_head", "n_embd", "bias")}
         args = parser.parse_args(namespace=argparse.Namespace(**shape))
         for name, value in shape.items():
             if getattr(args, name) != value:
                 raise InputError(f"--{name}={getattr(args, name)}: {args.init_from} has {value}")
         if args.block_size > model.config.block_size:
-            raise InputError(f"--block_size={args.block_size}: {args.init_from} has positions "
-                             f"for {model.config.block_size} tokens")
-    elif os.path.exists(path) and not (args.overwrite or args.eval_only):
+            raise InputError(f"--block_size={args.block_size}: {args.init_from} has positions for "
+                             f"{model.config.block_size} tokens")
+    if os.path.exists(path) and not (args.resume or args.overwrite or args.eval_only):
         steps = load_checkpoint(path)[1].get("step", 0)
         raise InputError(f"{args.out_dir} holds a run of {steps} steps: go on with --resume, "
                          "choose another --out_dir, or give --overwrite")
     if model and model.config.vocab_size != 50257:
-        raise InputError(f"the checkpoint's vocabulary has {model.config.vocab_size} tokens, "
-                         "GPT-2's tokenizer 50257")
+        raise InputError(f"the checkpoint's vocabulary has {model.config.vocab_size} tokens, not "
+                         "the 50257 of GPT-2's tokenizer")
     if args.lr_decay_iters is None:
         args.lr_decay_iters = args.max_iters
-    windows = args.batch_size * args.gradient_accumulation_steps * processes  # in a step
+    windows = args.batch_size * args.gradient_accumulation_steps * processes  # a step
     if getattr(args, "windows_a_step", windows) != windows:
         raise InputError(
             f"--batch_size={args.batch_size} x --gradient_accumulation_steps="
-            f"{args.gradient_accumulation_steps} x {processes} processes make {windows} windows "
-            f"a step; this run has {args.windows_a_step}: choose them so that the product stays")
+            f"{args.gradient_accumulation_steps} x {processes} processes is {windows} windows a "
+            f"step, the run has {args.windows_a_step}: choose them so that the product stays")
     args.windows_a_step = windows
     return args, model, state
 
 
 def prepare_folder(folder, n_parameters):
-    """Makes the output folder, removes what an interrupted save left, and checks for room."""
+    """Makes the output folder, cleans up after an interrupted save, and checks for room."""
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"--out_dir={folder} cannot be written to: {error.strerror}") from error
     for stray in glob.glob(os.path.join(glob.escape(folder), "*.tmp")):
         os.remove(stray)
-    kept = [os.path.join(folder, name) for name in ("ckpt.pt", "best.pt")]
-    # 12 bytes a parameter for weights and AdamW's two averages, 4 for best.pt, 12 for the new
-    # ckpt.pt while the old one is still there.
-    needed = 28 * n_parameters - sum(os.path.getsize(path) for path in kept if os.path.exists(path))
+    # Bytes a parameter: ckpt.pt 12 (weights and AdamW's two averages) and as many while the next
+    # one is written, best.pt 4.
+    there = [os.path.join(folder, name) for name in ("ckpt.pt", "best.pt")]
+    needed = 28 * n_parameters - sum(os.path.getsize(p) for p in there if os.path.exists(p))
     if (free := shutil.disk_usage(folder).free) < needed:
-        raise InputError(f"--out_dir={folder}: {needed / 1e9:.2f} GB are needed for checkpoints, "
+        raise InputError(f"--out_dir={folder}: checkpoints need {needed / 1e9:.2f} GB, but "
                          f"{free / 1e9:.2f} GB are free")
 
 
-# Dense bfloat16 products a second, from NVIDIA's data sheets, for model FLOPs utilisation (MFU):
-# the share of the GPU's peak that goes into the model's own arithmetic.
+# ---- Data ----------------------------------------------------------------------------------------
+
+def read_text(path):
+    """Yields the text of a UTF-8 file, or of a folder's .txt files by name, a piece at a time.
+
+    Byte-order marks are dropped and line ends become \\n. InputError for a byte that is not UTF-8.
+    """
+    names = [path]
+    if os.path.isdir(path):
+        names = sorted(glob.glob(os.path.join(glob.escape(path), "*.txt")))
+    if not names:
+        raise InputError(f"--data={path}: no .txt file in this folder")
+    for name in names:
+        if name != names[0]:
+            # Windows may reach over this border, and attention sees across it: as in GPT-2's own
+            # training, the token itself has to teach that what comes before no longer counts.
+            yield "<|endoftext|>"
+        decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), True)
+        with open(name, "rb") as file:
+            try:
+                while piece := file.read(PIECE):
+                    yield decoder.decode(piece)
+                yield decoder.decode(b"", final=True)
+            except UnicodeDecodeError as error:
+                offset = file.tell() - len(error.object) + error.start
+                raise InputError(f"{name}: byte {offset} ({error.object[error.start]:#x}) is not "
+                                 "UTF-8; save the file as UTF-8") from error
+
+
+def cut_safely(pieces):
+    """Cuts a text anew, where encoding part by part gives the ids of encoding it whole: no token
+    reaches from a sign into the white space after it."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        last = re.search(r"[ \n]\S", text[::-1])  # backwards, the last such place is the first
+        if last and len(text) >= PIECE:
+            cut = len(text) - last.start() - 1
+            yield text[:cut]
+            text = text[cut:]
+    yield text
+
+
+def tokenize(path, folder, say):
+    """The text at path -> its tokens (n,) uint16, mapped from a file in folder; characters; a key.
+
+    50,257 ids fit into 16 bits: two bytes a token. The file is made once for a text, in constant
+    memory and on all cores, and is named by the text's hash: a changed text never meets old tokens.
+    """
+    sha, characters = hashlib.sha256(), 0
+    for piece in read_text(path):
+        sha.update(piece.encode())
+        characters += len(piece)
+    if not characters:
+        raise InputError(f"--data={path}: there is no text in it")
+    key = sha.hexdigest()[:16]
+    target = os.path.join(folder, f"tokens-{key}.bin")
+    if not os.path.exists(target):
+        to_ids = functools.partial(get_tokenizer().encode_to_numpy, allowed_special="all")
+        parts, done, threads = cut_safely(read_text(path)), 0, os.cpu_count()
+        temporary = f"{target}.{os.getpid()}.tmp"
+        with open(temporary, "wb") as file, concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            while group := list(itertools.islice(parts, 4 * threads)):
+                for ids in pool.map(to_ids, group):  # tiktoken lets threads run side by side
+                    ids.astype(np.uint16).tofile(file)
+                done += sum(map(len, group))
+                say(f"\rtokenizing: {done / characters:.0%}", end="", flush=True)
+        say()
+        os.replace(temporary, target)
+    return np.memmap(target, dtype=np.uint16, mode="r"), characters, key
+
+
+def load_tokens(path, folder, say):
+    """--data -> tokens (n,) uint16, a line about them, a key that changes when they do."""
+    if not os.path.exists(path):
+        raise InputError(f"--data={path}: no such file or folder")
+    if not path.endswith(".bin"):
+        tokens, characters, key = tokenize(path, folder, say)
+        return tokens, f"{path}: {characters:,} characters, {len(tokens):,} tokens", key
+    if (size := os.path.getsize(path)) == 0 or size % 2:
+        raise InputError(f"--data={path}: {size} bytes are no uint16 tokens, of two bytes each")
+    tokens, sha = np.memmap(path, dtype=np.uint16, mode="r"), hashlib.sha256()
+    for start in range(0, len(tokens), PIECE):
+        part = tokens[start : start + PIECE]
+        if part.max() > END_OF_TEXT:
+            raise InputError(f"--data={path}: token {start + part.argmax()} is {part.max()}, past "
+                             f"the vocabulary's last, {END_OF_TEXT}: was another tokenizer used?")
+        sha.update(part)
+    return tokens, f"{path}: {len(tokens):,} tokens", sha.hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
+def shuffled(n_windows, seed, epoch):
+    """The order in which an epoch reads its windows, a permutation of range(n_windows)."""
+    return np.random.default_rng((seed, epoch)).permutation(n_windows)
+
+
+# What a step reads and drops is a pure function of (seed, step, micro-batch): there is nothing to
+# save, and a resumed run meets just what it would have met.
+
+def windows_of(step, micro, args, n_windows):
+    """The numbers of the windows in a step's micro-batch."""
+    first = step * args.windows_a_step + micro * args.batch_size  # so many were read before
+    return [int(shuffled(n_windows, args.seed, i // n_windows)[i % n_windows])
+            for i in range(first, first + args.batch_size)]
+
+
+def dropout_seed(step, micro, args):
+    """What the random generator is set to before a step's micro-batch."""
+    return int(np.random.SeedSequence((args.seed, step, micro)).generate_state(1, np.uint64)[0])
+
+
+def get_batch(tokens, windows, block_size, device):
+    """-> inputs and targets, both (B, T) int64: T tokens give T predictions, each of the next."""
+    rows = np.stack([tokens[w * block_size : (w + 1) * block_size + 1] for w in windows])
+    rows = torch.from_numpy(rows.astype(np.int64))  # (B, T + 1)
+    if device.type == "cuda":  # from pinned memory the copy runs beside the GPU's work
+        rows = rows.pin_memory()
+    rows = rows.to(device, non_blocking=True)
+    return rows[:, :-1], rows[:, 1:]
+
+
+# ---- Schedule, evaluation, plot ------------------------------------------------------------------
+
+def learning_rate(step, args):
+    """The rate of a step, counted from 0: a linear warm-up, then half a cosine down to min_lr.
+
+    AdamW's averages are poor at first, hence small steps; at the end small steps let it settle.
+    """
+    if step < args.warmup_iters:
+        return args.learning_rate * (step + 1) / args.warmup_iters
+    if step >= args.lr_decay_iters:
+        return args.min_lr
+    progress = (step - args.warmup_iters) / (args.lr_decay_iters - args.warmup_iters)
+    return args.min_lr + (args.learning_rate - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@torch.no_grad()
+def evaluate(model, splits, args, rank, processes, autocast):
+    """The mean loss of each split, in nats; splits: [(tokens, n_windows)].
+
+    Always the same windows, without dropout and so without drawing a random number: the run is the
+    same however often it is evaluated. Processes share the windows out.
+    """
+    device = model.wte.weight.device
+    losses = torch.zeros(len(splits), dtype=torch.float64)
+    model.eval()
+    for i, (tokens, n_windows) in enumerate(splits):
+        mine = range(n_windows)[rank::processes]
+        for start in range(0, len(mine), args.batch_size):
+            windows = mine[start : start + args.batch_size]
+            with autocast():
+                _, loss = model(*get_batch(tokens, windows, args.block_size, device))
+            losses[i] += loss.item() * len(windows) / n_windows
+    model.train()
+    if processes > 1:
+        losses = losses.to(device)
+        dist.all_reduce(losses)
+    return losses.tolist()
+
+
+def plot(log_path, png_path):
+    """Draws loss and perplexity over steps and tokens from log.csv."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("warning: without matplotlib there is no loss.png", file=sys.stderr)
+    matplotlib.use("Agg")  # needs no screen
+    import matplotlib.pyplot as plt
+
+    with open(log_path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for panel, perplexity in zip(panels, (False, True)):
+        for column, label, style in (("loss", "each step", "C7-"),
+                                     ("train_loss", "training", "C0o-"),
+                                     ("val_loss", "validation", "C1o-")):
+            points = [(int(row["iter"]), float(row[column])) for row in rows if row[column]]
+            panel.plot([step for step, _ in points],
+                       [math.exp(loss) if perplexity else loss for _, loss in points],
+                       style, label=label, markersize=4, alpha=0.4 if column == "loss" else 1)
+        panel.set(xlabel="step", ylabel="perplexity" if perplexity else "loss (nats a token)",
+                  yscale="log" if perplexity else "linear")
+        panel.grid(alpha=0.3)
+        panel.legend()
+        if steps := int(rows[-1]["iter"]):
+            tokens = int(rows[-1]["tokens"]) / steps  # a step
+            there, back = (functools.partial(np.multiply, by) for by in (tokens, 1 / tokens))
+            panel.secondary_xaxis("top", functions=(there, back)).set_xlabel("tokens seen")
+    figure.savefig(png_path, dpi=110)
+    plt.close(figure)
+
+
+# Products a second in dense bfloat16, from NVIDIA's data sheets.
 PEAK_FLOPS = {"A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12, "L4": 121e12}
 
 
+# ---- The script ----------------------------------------------------------------------------------
+
 if __name__ == "__main__":
-    # Under torchrun each process learns its number from the environment; alone there is one.
+    # torchrun tells each process its number among all and on its machine; alone, there is one.
     rank, local_rank, processes = (int(os.environ.get(name, default)) for name, default in
                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    args, start_model, state = starting_point(processes)
     say = print if rank == 0 else lambda *_, **__: None
+    args, start_model, state = starting_point(processes)
     step, best_val_loss = state.get("step", 0), state.get("best_val_loss", math.inf)
+    log_bytes = state.get("log_bytes", 0)
     if args.resume and step >= args.max_iters and not args.eval_only:
         say(f"nothing to do: {args.out_dir} is at step {step} of --max_iters={args.max_iters}")
         sys.exit()
     ckpt_path, best_path, log_path, plot_path = (
         os.path.join(args.out_dir, name) for name in ("ckpt.pt", "best.pt", "log.csv", "loss.png"))
 
-    # ---- Device ------------------------------------------------------------------------------
+    # Device. Products are computed in dtype; weights, and all that is summed up, stay float32.
     device, dtype = choose_device(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
     if processes > 1:
@@ -384,19 +384,17 @@ if __name__ == "__main__":
             device, dtype = choose_device(f"cuda:{local_rank}", args.dtype)
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(hours=12))  # a long text takes a while
-    if device.type == "cuda":  # what stays float32 is multiplied as TF32: several times faster
+                                timeout=datetime.timedelta(hours=12))  # a text may be long
+    autocast = functools.partial(torch.autocast, device.type, dtype, dtype != torch.float32)
+    if device.type == "cuda":  # TF32: what is float32 is multiplied with 11 of its 24 bits, faster
         torch.set_float32_matmul_precision("high")
-    libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
-    if hasattr(libc, "mallopt"):
-        # glibc hands large freed buffers back to the system, and the next step gets them again a
-        # page fault at a time. Kept instead: a step takes 0.8 of the time.
+    elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # glibc hands large freed buffers back to the system, and each step would get them again
+        # by 200,000 page faults. To keep them makes a float32 step of 124M 1.2 times as fast.
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    # Products in dtype; the weights, what is summed up over many steps, stay float32.
-    autocast = functools.partial(torch.autocast, device.type, dtype, dtype != torch.float32)
 
-    # ---- Model -------------------------------------------------------------------------------
+    # Model.
     torch.manual_seed(args.seed)
     model = GPT(GPTConfig(50257, args.block_size, args.n_layer, args.n_head, args.n_embd,
                           args.dropout, args.bias))
@@ -404,91 +402,83 @@ if __name__ == "__main__":
         weights = start_model.state_dict()
         weights["wpe.weight"] = weights["wpe.weight"][: args.block_size]
         model.load_state_dict(weights)
-        start_model = weights = None  # unmapped: Windows replaces no file that is mapped
+        start_model = weights = None  # unmapped, since Windows replaces no mapped file
     model.to(device)
     parameters = list(model.parameters())
     n_parameters = sum(p.numel() for p in parameters)
 
-    # ---- Data: the first 90% of the tokens to train on, the rest to validate -----------------
+    # Data: the first 90% of the tokens to train on, the rest to validate.
     scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True) if args.eval_only else None
-    folder = scratch.name if scratch else args.out_dir
-    if local_rank == 0:
-        prepare_folder(folder, n_parameters)
-        tokens, about, text_key = load_tokens(args.data, folder, say)
-    if processes > 1:
-        dist.barrier()
-        if local_rank:
-            tokens, about, text_key = load_tokens(args.data, args.out_dir, say)
+    for turn in (True, False):  # on each machine one process prepares, then the others read
+        if turn == (local_rank == 0):
+            if turn and not scratch:
+                prepare_folder(args.out_dir, n_parameters)
+            tokens, about, text_key = load_tokens(
+                args.data, scratch.name if scratch else args.out_dir, say)
+        if processes > 1:
+            dist.barrier()
     if getattr(args, "text_key", text_key) != text_key:
-        raise InputError(f"--data={args.data} is not the text that the run in {args.out_dir} has "
-                         "read so far; give the right one, or start a new run from its checkpoint")
+        raise InputError(f"--data={args.data} is not the text that the run in {args.out_dir} read "
+                         "so far; --init_from starts a new run from its checkpoint")
     args.text_key = text_key
     cut = int(0.9 * len(tokens))
-    splits = []
-    for name, split in (("training", tokens[:cut]), ("validation", tokens[cut:])):
-        n_windows = (len(split) - 1) // args.block_size
-        if n_windows < 1:
-            raise InputError(
-                f"--data={args.data} is too short: {cut} tokens to train on and "
-                f"{len(tokens) - cut} to validate; the {name} split needs --block_size="
-                f"{args.block_size} + 1, the largest that fits is --block_size="
-                f"{min(cut, len(tokens) - cut) - 1}")
-        splits.append((split, n_windows))
-    (train_tokens, n_windows), (_, n_val_windows) = splits
+    splits, sizes = (tokens[:cut], tokens[cut:]), (cut, len(tokens) - cut)
+    n_windows = [(size - 1) // args.block_size for size in sizes]
+    if min(n_windows) < 1:
+        raise InputError(
+            f"--data={args.data} is too short: {sizes[0]} tokens to train on and {sizes[1]} to "
+            f"validate, where --block_size={args.block_size} needs {args.block_size + 1} in each "
+            f"split; the largest that fits is --block_size={min(sizes) - 1}")
     tokens_a_step = args.windows_a_step * args.block_size
+    evaluated = [(split, min(n, args.eval_iters * args.windows_a_step))
+                 for split, n in zip(splits, n_windows)]
 
-    # ---- Optimizer ---------------------------------------------------------------------------
-    # Weight decay pulls matrices towards 0, so that none grows without need; a bias or a
-    # LayerNorm's gain has too few numbers to overfit with, and its size means something.
-    groups = [{"params": [p for p in parameters if p.dim() >= 2]},
-              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.beta1, args.beta2),
-                                  weight_decay=args.weight_decay, fused=True)
-    # float16 has no numbers below 6e-8: the loss is scaled up so that its gradients are not lost.
+    # Optimizer. Decay pulls matrices towards 0, so that none grows without need; the few biases and
+    # LayerNorm gains cannot overfit, and their size is what they are there for.
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in parameters if p.dim() >= 2]},
+         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}],
+        lr=args.learning_rate, betas=(args.beta1, args.beta2), weight_decay=args.weight_decay,
+        fused=True)
+    # float16 ends at 6e-8: its gradients are scaled up, lest they vanish, and down again for AdamW.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    log_bytes = 0
     if state:
         optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         scaler.load_state_dict(state["scaler"])
-        log_bytes, state = state["log_bytes"], None
-
+        state = None  # unmapped
     ddp = torch.nn.parallel.DistributedDataParallel(model) if processes > 1 else model
     trained = ddp  # what computes the training loss
     if args.compile or (args.compile is None and device.type == "cuda"):
-        try:
+        try:  # on a first batch, which trains nothing
             compiled = torch.compile(ddp)
+            first = get_batch(splits[0], [0] * args.batch_size, args.block_size, device)
             with autocast():
-                compiled(*get_batch(train_tokens, [0] * args.batch_size, args.block_size,
-                                    device))[1].backward()
+                compiled(*first)[1].backward()
             trained = compiled
-        except Exception as error:  # a missing C++ compiler, an old GPU: whatever it stumbles over
-            say(f"warning: going on without --compile: {str(error).splitlines()[0]}", file=sys.stderr)
+        except Exception as error:  # no C++ compiler, too old a GPU, or whatever stops it
+            say(f"warning: --compile fails here, going on without: {str(error).splitlines()[0]}",
+                file=sys.stderr)
         optimizer.zero_grad()
 
     say(about)
-    say(f"training: {len(train_tokens):,} tokens in {n_windows:,} windows of {args.block_size}; "
-        f"validation: {len(tokens) - cut:,} in {n_val_windows:,}")
-    say(f"model: {n_parameters:,} parameters; {device}, {args.dtype}; {tokens_a_step:,} tokens a "
-        f"step, {args.max_iters:,} steps")
-    limit = args.eval_iters * args.windows_a_step
-    evaluated = [(split, min(n, limit)) for split, n in splits]
+    for name, size, n in zip(("training", "validation"), sizes, n_windows):
+        say(f"{name}: {size:,} tokens, {n:,} windows of {args.block_size}")
+    say(f"{n_parameters:,} parameters, {device}, {args.dtype}, {tokens_a_step:,} tokens a step")
     if args.eval_only:
-        train_loss, val_loss = evaluate(model, evaluated, args, rank, processes, autocast)
-        say(f"step {step}: training loss {train_loss:.4f} (perplexity {math.exp(train_loss):,.2f}), "
-            f"validation loss {val_loss:.4f} ({math.exp(val_loss):,.2f})")
+        losses = evaluate(model, evaluated, args, rank, processes, autocast)
+        say(f"step {step}: training loss {losses[0]:.4f}, validation loss {losses[1]:.4f}")
         sys.exit()
 
-    # ---- Log ---------------------------------------------------------------------------------
+    # Log: rows of steps after the checkpoint go, since those steps come again.
     if rank == 0:
         log_file = open(log_path, "a", encoding="utf-8", newline="")
-        # Rows from after the checkpoint go: their steps come again.
         log_file.truncate(min(log_bytes, os.path.getsize(log_path)))
         log = csv.DictWriter(log_file, ("iter", "tokens", "loss", "train_loss", "val_loss", "lr",
                                         "grad_norm", "tokens_per_s"), lineterminator="\n")
         if os.path.getsize(log_path) == 0:
             log.writeheader()
 
-    # ---- Ctrl-C and SIGTERM: the step is finished and saved first; a second one ends at once --
+    # Ctrl-C and SIGTERM: the step is finished and all is saved; a second one ends at once.
     caught = []
 
     def remember(number, _):
@@ -499,66 +489,67 @@ if __name__ == "__main__":
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, remember)
 
-    def stop_if_not_finite(what, *values):
+    def stop_unless_finite(what, *values):
         if not all(map(math.isfinite, values)):
             say(f"train.py: error: {what} {values} at step {step}, learning rate "
                 f"{learning_rate(step, args):.2e}, {args.dtype}: stopped, the last good checkpoint "
                 "is kept; a lower --learning_rate may help", file=sys.stderr)
             sys.exit(1)
 
-    # ---- The loop ----------------------------------------------------------------------------
-    # Floating-point operations a token: forward and backward, 6 a weight (but positions are only
-    # looked up), and attention's products with up to block_size tokens.
-    flops = (6 * (n_parameters - model.wpe.weight.numel())
-             + 12 * args.n_layer * args.n_embd * args.block_size)
+    # MFU, model FLOPs utilisation: the share of the GPU's peak that goes into the model's own
+    # arithmetic, a token's 6 a weight (positions are only looked up) and attention's products.
+    flops_a_token = (6 * (n_parameters - model.wpe.weight.numel())
+                     + 12 * args.n_layer * args.n_embd * args.block_size)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((value for name, value in PEAK_FLOPS.items() if name in gpu), None)
-    accumulation = args.gradient_accumulation_steps
-    just_resumed = args.resume  # what was due at this step was done before it was saved
-    stop, loss, lr, grad_norm = False, None, None, None
-    seconds, timed = 0.0, 0  # of the steps since the last row, and their number
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+
+    just_resumed = args.resume  # what is due at this step was done before it was saved
+    stop, loss, lr, grad_norm = False, None, None, None  # of the last step
+    seconds, timed = 0.0, 0  # what the steps since the last row took, and how many they are
     model.train()
     while True:
-        # `step` steps are done. First comes what is due after so many, then the next one.
-        evaluating = step % args.eval_interval == 0 or step == args.max_iters
-        if not just_resumed and (evaluating or step % args.log_interval == 0):
+        # `step` steps are done. First whatever is due after so many, then the next one.
+        evaluating = not just_resumed and (step % args.eval_interval == 0 or step == args.max_iters)
+        if evaluating or (step % args.log_interval == 0 and not just_resumed):
             row = {"iter": step, "tokens": step * tokens_a_step}
             if timed:
-                row |= {"loss": loss, "lr": lr, "grad_norm": grad_norm,
-                        "tokens_per_s": round(timed * tokens_a_step / seconds, 1)}
+                speed = timed * tokens_a_step / seconds
+                row |= {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_s": speed}
                 left = datetime.timedelta(seconds=round((args.max_iters - step) * seconds / timed))
-                mfu = f" | MFU {row['tokens_per_s'] * flops / peak / processes:.1%}" if peak else ""
-                say(f"step {step}/{args.max_iters} | epoch {step * args.windows_a_step / n_windows:.1f} | "
-                    f"loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | "
-                    f"{row['tokens_per_s']:,.0f} tokens/s{mfu} | {left} left")
+                mfu = f" | MFU {speed * flops_a_token / peak / processes:.1%}" if peak else ""
+                say(f"step {step}/{args.max_iters} | epoch "
+                    f"{step * args.windows_a_step / n_windows[0]:.1f} | loss {loss:.4f} | lr "
+                    f"{lr:.2e} | norm {grad_norm:.2f} | {speed:,.0f} tokens/s{mfu} | {left} left")
                 seconds, timed = 0.0, 0
             if evaluating:
-                row["train_loss"], row["val_loss"] = losses = evaluate(
-                    model, evaluated, args, rank, processes, autocast)
-                stop_if_not_finite("evaluated losses", *losses)
-                say(f"evaluation: training loss {losses[0]:.4f} (perplexity "
-                    f"{math.exp(losses[0]):,.2f}), validation loss {losses[1]:.4f} "
-                    f"({math.exp(losses[1]):,.2f})")
-                # Untrained, every token is as likely as any: -ln(1 / 50257) nats.
-                if step == 0:
-                    say(f"(a blind guess among all tokens costs ln(50257) = {math.log(50257):.4f})")
+                losses = evaluate(model, evaluated, args, rank, processes, autocast)
+                stop_unless_finite("evaluated losses", *losses)
+                row["train_loss"], row["val_loss"] = losses
+                say(f"step {step}: training loss {losses[0]:.4f} (perplexity "
+                    f"{math.exp(losses[0]):,.2f}), validation loss {losses[1]:.4f} (perplexity "
+                    f"{math.exp(losses[1]):,.2f})")
+                if step == 0:  # nothing learned: each token gets about 1 / 50,257
+                    say(f"(a blind guess costs ln(50257) = {math.log(50257):.4f})")
             if rank == 0:
                 log.writerow(row)
-        if rank == 0 and not just_resumed and (evaluating or stop):
+        if rank == 0 and (evaluating or stop):
             log_file.flush()
             os.fsync(log_file.fileno())
+            # On a small text the training loss goes on falling while the validation loss rises: the
+            # model learns the text by heart. For new text best.pt is the one to use.
             if evaluating and losses[1] < best_val_loss:
                 best_val_loss = losses[1]
                 save_checkpoint(best_path, model, step=step, val_loss=best_val_loss)
             save_checkpoint(ckpt_path, model, optimizer=optimizer.state_dict(),
                             scaler=scaler.state_dict(), step=step, best_val_loss=best_val_loss,
                             log_bytes=os.path.getsize(log_path), args=vars(args))
-        if rank == 0 and not just_resumed and evaluating:
+        if rank == 0 and evaluating:
             plot(log_path, plot_path)
-            ids = torch.tensor([encode(args.start) or [50256]], device=device)
+            prompt = torch.tensor([encode(args.start) or [END_OF_TEXT]], device=device)
             generator = torch.Generator().manual_seed(args.seed)
-            text = [int(t) for t in model.generate(ids, 40, 0.8, 50, generator=generator)]
-            say("sample:", args.start + get_tokenizer().decode(text).replace("\n", " "))
+            sample = [token.item() for token in model.generate(
+                prompt, 40, temperature=0.8, top_k=50, generator=generator)]
+            say("sample: " + args.start + get_tokenizer().decode(sample).replace("\n", " "))
         if stop or step == args.max_iters:
             break
         just_resumed = False
@@ -567,30 +558,30 @@ if __name__ == "__main__":
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        total = torch.zeros((), device=device)
-        for i in range(accumulation):
-            number = i * processes + rank  # of this micro-batch among all the step's
-            windows = windows_of(step, number, args, n_windows)
-            inputs, targets = get_batch(train_tokens, windows, args.block_size, device)
-            torch.manual_seed(dropout_seed(args.seed, step, number))
-            # Gradients add up over the micro-batches; processes exchange them once, at the last.
-            ddp.require_backward_grad_sync = i == accumulation - 1
+        report = torch.zeros(2, device=device)  # the mean loss, and whether anyone is to stop
+        for i in range(args.gradient_accumulation_steps):
+            micro = i * processes + rank  # its number among all of the step
+            windows = windows_of(step, micro, args, n_windows[0])
+            inputs, targets = get_batch(splits[0], windows, args.block_size, device)
+            torch.manual_seed(dropout_seed(step, micro, args))
+            # Gradients of micro-batches add up here; processes exchange them once, with the last.
+            ddp.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
             with autocast():
                 _, loss = trained(inputs, targets)
-            loss = loss / accumulation  # so that the sum is the mean over all the step's tokens
+            loss = loss / args.gradient_accumulation_steps  # so that they add up to the mean
             scaler.scale(loss).backward()
-            total += loss.detach()
+            report[0] += loss.detach() / processes
+        report[1] += bool(caught)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        report = torch.stack((total / processes, torch.full((), len(caught), device=device)))
         if processes > 1:
             dist.all_reduce(report)
-        # The step's one wait for the GPU. Gradients are averages by now: all processes see this.
+        # The one wait for the GPU in a step. Gradients are averages by now: all processes see this.
         loss, stop, grad_norm = torch.cat((report, norm[None])).tolist()
-        # A norm too large for float16 is the scaler's to handle: it skips the step, scales less.
+        # An overflow in float16 is the scaler's business: it leaves the step out and scales less.
         overflow = scaler.is_enabled() and scaler.get_scale() > 1
-        stop_if_not_finite("loss and gradient norm", loss, 0.0 if overflow else grad_norm)
-        if 0 < args.grad_clip < grad_norm:  # made shorter, in the same direction
+        stop_unless_finite("loss and gradient norm", loss, 0.0 if overflow else grad_norm)
+        if 0 < args.grad_clip < grad_norm:  # made shorter, the direction stays
             torch.nn.utils.clip_grads_with_norm_(parameters, args.grad_clip, norm)
         scaler.step(optimizer)
         scaler.update()
@@ -600,6 +591,6 @@ if __name__ == "__main__":
     if processes > 1:
         dist.destroy_process_group()
     if stop:
-        say(f"stopped at step {step} and saved; go on with: python train.py --resume "
+        say(f"stopped and saved at step {step}; go on with: python train.py --resume "
             f"--out_dir={args.out_dir}")
         sys.exit(128 + (caught or [signal.SIGTERM])[0])
