@@ -1,7 +1,8 @@
 """GPT-2, the whole model: token ids in, the probabilities of the next token out.
 
 Shapes stand beside the tensors in these letters: B batch, T tokens (S with those the cache already
-holds), C channels (n_embd), H heads, D = C / H channels of a head, V vocabulary, N beams.
+holds), C channels (n_embd), H heads, D = C / H channels of a head, V vocabulary, n tokens of any
+rows, N beams.
 
 Sources: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019) and OpenAI's
 gpt-2/src/model.py, whose parameter names are kept; for attention, section 3.2 of "Attention Is All
@@ -53,22 +54,6 @@ class GPTConfig:
 
 # ---- The model -----------------------------------------------------------------------------------
 
-def dropout(x, p, training):
-    """While training, sets each element of x to 0 with probability p and scales up the others."""
-    if not training or p == 0:
-        return x
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p)
-    # On a CPU PyTorch draws a mask number by number. NumPy draws 64 bits at a time, taken here as
-    # four 16-bit numbers: a quarter of the time, and p is still met to 1 part in 65,536.
-    generator = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
-    words = generator.integers(0, 2**64, x.numel() // 4 + 1, dtype=np.uint64)
-    numbers = torch.from_numpy(words.view(np.int16))[: x.numel()].view(x.shape)  # -32768 to 32767
-    cut = round(p * 65536)
-    keep = torch.ge(numbers, cut - 32768, out=torch.empty_like(x))  # 0 or 1, in the dtype of x
-    return x * keep.mul_(65536 / (65536 - cut))
-
-
 class KVCache:
     """Keys and values of the tokens seen so far, so that one more token costs one small step.
 
@@ -78,7 +63,7 @@ class KVCache:
     def __init__(self, config, batch_size, device, dtype):
         shape = (2, config.n_layer, batch_size, config.n_head, config.block_size,
                  config.n_embd // config.n_head)
-        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, H, S, D)
         self.length = 0  # tokens held; there is room for block_size
 
     def append(self, layer, k, v):
@@ -101,16 +86,16 @@ def attend(q, k, v, p):
     probability of dropping a weight. -> (B, H, T, D)
     """
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
-    if p == 0 or q.device.type != "cpu":
-        # is_causal lines the first query up with the first key: wrong if the cache held tokens.
-        visible = None if T in (1, S) else q.new_ones(T, S, dtype=torch.bool).tril(S - T)  # (T, S)
-        return F.scaled_dot_product_attention(q, k, v, visible, p, is_causal=1 < T == S)
-    # The same written out, since on a CPU the line above is slow with dropout: half the time.
-    # The sum of D products grows like sqrt(D); divided by that, softmax stays soft and can learn.
-    # Minus infinity becomes a weight of exactly 0: no token sees a later one.
-    future = q.new_full((T, S), -math.inf).triu(S - T + 1)  # (T, S)
-    scores = q @ k.transpose(2, 3) / math.sqrt(D) + future  # (B, H, T, S)
-    return dropout(scores.softmax(dim=-1), p, True) @ v
+    if p > 0 and q.device.type == "cpu":  # where this takes half the time of the call below
+        # A sum of D products spreads like sqrt(D). Undivided, softmax would soon put all weight on
+        # one key, where its gradient is 0. Minus infinity is a weight of 0: no one sees the future.
+        future = q.new_full((T, S), -math.inf).triu(S - T + 1)  # (T, S)
+        scores = q @ k.transpose(2, 3) / math.sqrt(D) + future  # (B, H, T, S)
+        return dropout(scores.softmax(dim=-1), p, True) @ v
+    # is_causal lines the first query up with the first key: wrong if the cache held tokens. A
+    # single query may see all keys.
+    visible = q.new_ones(T, S, dtype=torch.bool).tril(S - T) if 1 < T < S else None  # (T, S)
+    return F.scaled_dot_product_attention(q, k, v, visible, p, is_causal=T == S > 1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -119,22 +104,23 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v
+        # q is what a token looks for, k what it can be found by, v what it then hands over.
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, cache=None, layer=0):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, S, D)
-        y = attend(q, k, v, self.dropout if self.training else 0.0)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
         return dropout(y, self.dropout, self.training)
 
 
 class MLP(nn.Module):
-    """Where each token is worked on by itself: out to 4C channels, a bend, and back."""
+    """Where each token is worked on by itself: out to 4C channels, a nonlinearity, and back."""
 
     def __init__(self, config):
         super().__init__()
@@ -149,7 +135,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP: each reads a normalised x, and adds what it found to x."""
+    """Attention, then MLP. Each adds to x what it makes of a normalised x: every token's channels
+    at mean 0 and variance 1, times a learned gain plus a bias."""
 
     def __init__(self, config):
         super().__init__()
@@ -163,16 +150,138 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """The mean over tokens of -ln softmax(x @ weight.T)[target], without keeping all the logits.
+class GPT(nn.Module):
+    """Embeddings, n_layer blocks, and a head that is the token embedding once more.
 
-    Cross-entropy is minus the log of the probability that the right token was given: 7.4541e-05
-    costs 9.5042 nats. Its exponential, perplexity, says among how many equally likely tokens one
-    would be as unsure: 10.794 nats are 48,725 tokens.
+    Sharing that table saves 38.6M numbers, 124.4M instead of 163.0M: what a token means and when to
+    say it are much the same knowledge.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = empty_embedding(config.vocab_size, config.n_embd)  # what each token is
+        self.wpe = empty_embedding(config.block_size, config.n_embd)  # where it stands
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        if self.wte.weight.is_meta:  # shapes alone: the numbers come from a file
+            return
+        for name, parameter in self.named_parameters():
+            if parameter.dim() >= 2:
+                # x sums up 2 n_layer projections: each starts smaller, lest x grow with depth.
+                shrink = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(parameter, std=0.02 / shrink)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def hidden(self, idx, cache=None):
+        """idx (B, T) int64 -> (B, T, C), from which the head makes logits; the cache grows by T."""
+        past, T = cache.length if cache else 0, idx.shape[1]
+        if past + T > self.config.block_size:
+            raise InputError(f"a sequence of {past + T} tokens is longer than "
+                             f"block_size={self.config.block_size}")
+        x = self.wte(idx) + self.wpe.weight[past : past + T]  # (B, T, C)
+        x = dropout(x, self.config.dropout, self.training)
+        for layer, block in enumerate(self.h):
+            x = block(x, cache, layer)
+        if cache:
+            cache.length += T
+        return self.ln_f(x)
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T) int64 -> logits (B, T, V), a score of each token to come next, and None.
+
+        With targets (B, T) int64: None and the mean loss in nats, ().
+
+        Raises InputError for more than block_size tokens, those in the cache included.
+        """
+        x = self.hidden(idx, cache)
+        if targets is None:
+            return F.linear(x, self.wte.weight), None
+        return None, LinearCrossEntropy.apply(
+            x.flatten(0, 1), self.wte.weight, targets.flatten(), torch.is_grad_enabled())
+
+    def next_logits(self, idx, cache):
+        """idx (B, T) int64 -> the logits of the last position alone, (B, V); the cache grows."""
+        return F.linear(self.hidden(idx, cache)[:, -1], self.wte.weight)
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
+                 stop_token=None, generator=None):
+        """Yields the next token of each row, max_new_tokens times: idx (B, T) int64 -> (B,) int64.
+
+        See `next_token` for temperature, top_k and top_p. A row that met stop_token goes on
+        yielding it, and generation ends when all rows have. Only the last block_size tokens of idx
+        count; whenever the window is full, it restarts from its most recent half. Draws happen on
+        generator's device (mps has drawn impossible ids); by default that is a new one on the CPU
+        with a random seed, never PyTorch's global one.
+        Raises InputError at once for values that make no sense.
+        """
+        check_sampling(temperature, top_k, top_p)
+        if max_new_tokens < 0:
+            raise InputError(f"max_new_tokens={max_new_tokens}: 0 or more is needed")
+        if idx.dim() != 2 or 0 in idx.shape:
+            raise InputError(f"a prompt of shape {tuple(idx.shape)}: (B, T) with T >= 1 is needed")
+        if generator is None:
+            generator = torch.Generator()
+            generator.seed()
+        # Apart from here, since a function that yields runs nothing before its first token is due.
+        return self._generate(idx, max_new_tokens, temperature, top_k, top_p, stop_token, generator)
+
+    @torch.inference_mode()
+    def _generate(self, idx, max_new_tokens, temperature, top_k, top_p, stop_token, generator):
+        was_training, block_size = self.training, self.config.block_size
+        self.eval()  # no dropout
+        cache = KVCache(self.config, len(idx), idx.device, self.wte.weight.dtype)
+        window = unseen = idx[:, -block_size:]  # (B, T): all that counts; what is not cached yet
+        stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        try:
+            for _ in range(max_new_tokens):
+                if cache.length + unseen.shape[1] > block_size:  # cached keys know their places
+                    cache.length, half = 0, max(1, block_size // 2)
+                    window = unseen = window[:, -half:]
+                logits = self.next_logits(unseen, cache)  # (B, V)
+                token = next_token(logits, temperature, top_k, top_p, generator)  # (B,)
+                if stop_token is not None:
+                    token = torch.where(stopped, stop_token, token)
+                    stopped |= token == stop_token
+                yield token
+                if stop_token is not None and stopped.all():
+                    return
+                unseen = token[:, None]
+                window = torch.cat((window, unseen), dim=1)
+        finally:
+            self.train(was_training)
+
+
+# ---- Parts made fast -----------------------------------------------------------------------------
+
+def dropout(x, p, training):
+    """While training, sets each element of x to 0 with probability p and scales up the others, so
+    that the model cannot rely on any single one."""
+    if not training or p == 0:
+        return x
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    # On a CPU PyTorch draws a mask number by number. NumPy draws 64 bits at a time, taken here as
+    # four 16-bit numbers: a quarter of the time, and p is still met to 1 part in 65,536.
+    generator = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
+    words = generator.integers(0, 2**64, x.numel() // 4 + 1, dtype=np.uint64)
+    numbers = torch.from_numpy(words.view(np.int16))[: x.numel()].view(x.shape)  # -32768 to 32767
+    cut = round(p * 65536)
+    keep = torch.ge(numbers, cut - 32768, out=torch.empty_like(x))  # 0 or 1, in the dtype of x
+    return x * keep.mul_(65536 / (65536 - cut))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """F.cross_entropy(x @ weight.T, targets), but without keeping the logits of all tokens.
+
+    Cross-entropy is minus the log of the probability that the model gave to the right token: one of
+    7.4541e-05 costs 9.5042 nats (a nat is the unit of ln). Among n equally likely tokens each costs
+    ln n, so the exponential of the mean, perplexity, is that n: a mean of 10.79395 nats is to be as
+    unsure as among 48,725 tokens.
 
     Logits are the largest tensor of all, 1.6 GB for 8 x 1,024 tokens, and so is their gradient.
-    Here those of ROWS tokens exist at a time, and become their own gradient, softmax - onehot, in
-    place.
+    Here those of ROWS tokens exist at a time, and become their own gradient in place.
     """
 
     ROWS = 2048
@@ -194,11 +303,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             loss += (total.log() - chosen).sum()
             if with_gradients:
                 logits /= total  # now the probabilities
-                logits.scatter_add_(1, tr, torch.full_like(total, -1.0))  # and now their gradient
-                dlogits = logits.to(dtype)
+                logits.scatter_add_(1, tr, torch.full_like(total, -1.0))  # and now the gradient
+                dlogits = logits.to(dtype)  # (rows, V)
                 dx[rows] = dlogits @ w
                 part = dlogits.T @ xr  # (V, C)
-                dw = part if dw is None else dw.float() + part
+                dw = part if dw is None else dw.float() + part  # summed in float32
         if with_gradients:
             ctx.save_for_backward(dx, dw)
         return loss / len(x)
@@ -211,103 +320,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def empty_embedding(rows, columns):
-    """An nn.Embedding whose numbers are not drawn, as GPT.__init__ draws them."""
+    """nn.Embedding, but for its own random numbers: GPT draws them, or has them from a file. (To
+    draw on the meta device would cost load_checkpoint seconds of PyTorch's imports.)"""
     return nn.Embedding.from_pretrained(torch.empty(rows, columns), freeze=False)
-
-
-class GPT(nn.Module):
-    """Embeddings, n_layer blocks, and a head that is the token embedding once more.
-
-    Sharing that table saves 38.6M numbers, 124.4M instead of 163.0M: what a token means and when to
-    say it are much the same knowledge.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.wte = empty_embedding(config.vocab_size, config.n_embd)  # what each token is
-        self.wpe = empty_embedding(config.block_size, config.n_embd)  # where it stands
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
-        if self.wte.weight.is_meta:  # shapes alone, whose numbers come from a file
-            return
-        for name, parameter in self.named_parameters():
-            if parameter.dim() >= 2:
-                # 2 n_layer projections add to the same x: scaled so, their sum has std 0.02 again.
-                shrink = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
-                nn.init.normal_(parameter, std=0.02 / shrink)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-
-    def hidden(self, idx, cache=None):
-        """idx (B, T) int64 -> (B, T, C), from which the head makes logits; the cache grows by T."""
-        past, T = cache.length if cache else 0, idx.shape[1]
-        if past + T > self.config.block_size:
-            raise InputError(f"a sequence of {past + T} tokens is longer than "
-                             f"block_size={self.config.block_size}")
-        x = self.wte(idx) + self.wpe.weight[past : past + T]  # (B, T, C)
-        x = dropout(x, self.config.dropout, self.training)
-        for layer, block in enumerate(self.h):
-            x = block(x, cache, layer)
-        if cache:
-            cache.length += T
-        return self.ln_f(x)
-
-    def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) int64 -> logits (B, T, V), None; with targets, the same shape: None, loss ().
-
-        Raises InputError for more than block_size tokens, those in the cache included.
-        """
-        x = self.hidden(idx, cache)
-        if targets is None:
-            return F.linear(x, self.wte.weight), None
-        return None, LinearCrossEntropy.apply(
-            x.flatten(0, 1), self.wte.weight, targets.flatten(), torch.is_grad_enabled())
-
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
-                 stop_token=None, generator=None):
-        """Yields the next token of each row, max_new_tokens times: idx (B, T) int64 -> (B,) int64.
-
-        See `next_token` for temperature, top_k and top_p. A row that met stop_token goes on
-        yielding it, and generation ends when all rows have. Only the last block_size tokens of idx
-        count; whenever the window is full, it restarts from its most recent half. Draws come from
-        generator, by default a new one with a random seed, never from PyTorch's global one.
-        Raises InputError at once for values that make no sense.
-        """
-        check_sampling(temperature, top_k, top_p)
-        if max_new_tokens < 0:
-            raise InputError(f"max_new_tokens={max_new_tokens}: 0 or more is needed")
-        if idx.dim() != 2 or 0 in idx.shape:
-            raise InputError(f"a prompt of shape {tuple(idx.shape)}: (B, T) with T >= 1 is needed")
-        if generator is None:  # on the CPU for mps, whose draws have been impossible ids
-            generator = torch.Generator("cpu" if idx.device.type == "mps" else idx.device)
-            generator.seed()
-        return self._generate(idx, max_new_tokens, temperature, top_k, top_p, stop_token, generator)
-
-    @torch.inference_mode()
-    def _generate(self, idx, max_new_tokens, temperature, top_k, top_p, stop_token, generator):
-        was_training, block_size = self.training, self.config.block_size
-        self.eval()  # no dropout
-        cache = KVCache(self.config, len(idx), idx.device, self.wte.weight.dtype)
-        window = unseen = idx[:, -block_size:]  # (B, T): all that counts; what is not cached yet
-        stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
-        try:
-            for _ in range(max_new_tokens):
-                if cache.length + unseen.shape[1] > block_size:
-                    cache.length, half = 0, max(1, block_size // 2)
-                    window = unseen = window[:, -half:]
-                logits = F.linear(self.hidden(unseen, cache)[:, -1], self.wte.weight)  # (B, V)
-                token = next_token(logits, temperature, top_k, top_p, generator)  # (B,)
-                if stop_token is not None:
-                    token = torch.where(stopped, stop_token, token)
-                    stopped |= token == stop_token
-                yield token
-                if stop_token is not None and stopped.all():
-                    return
-                unseen = token[:, None]
-                window = torch.cat((window, unseen), dim=1)
-        finally:
-            self.train(was_training)
 
 
 # ---- Choosing tokens -----------------------------------------------------------------------------
@@ -333,10 +348,10 @@ def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         return logits.argmax(dim=-1)
     k = min(top_k or logits.shape[-1], logits.shape[-1])
     logits, ids = logits.float().topk(k)  # (B, k), the largest first; ties or not, exactly k
-    probs = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)
-    if top_p is not None and top_p < 1:  # those go before which p was reached already
+    probs = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)  # (B, k)
+    if top_p is not None and top_p < 1:  # a token goes if those before it reach p already
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)
-    # multinomial needs no sum of 1; over k candidates it costs far less than over V
+    # multinomial needs no sum of 1, and over k candidates costs far less than over V
     device = generator.device if generator else probs.device
     drawn = torch.multinomial(probs.to(device), 1, generator=generator)  # (B, 1)
     return ids.gather(1, drawn.to(ids.device))[:, 0]
@@ -356,10 +371,10 @@ def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
     cache = KVCache(model.config, num_beams, idx.device, model.wte.weight.dtype)
     unseen, beams = idx.expand(num_beams, -1), idx.new_empty(num_beams, 0)  # (N, T), (N, T_new)
     scores = torch.full((num_beams, 1), -math.inf, device=idx.device)  # (N, 1), log-probabilities
-    scores[0] = 0  # all beams are equal so far: but one of them counts as impossible
+    scores[0] = 0  # the beams are still equal: all but the first count as impossible
     best, best_mean = beams[0], -math.inf
     for length in range(1, max_new_tokens + 1):
-        logits = F.linear(model.hidden(unseen, cache)[:, -1], model.wte.weight)  # (N, V)
+        logits = model.next_logits(unseen, cache)  # (N, V)
         totals = scores + logits.float().log_softmax(dim=-1)  # (N, V)
         if stop_token is not None:
             ended, row = totals[:, stop_token].max(dim=0)
@@ -367,8 +382,8 @@ def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
                 best_mean = ended / length
                 best = torch.cat((beams[row], idx.new_tensor([stop_token])))
             totals[:, stop_token] = -math.inf
-        scores, places = totals.flatten().topk(num_beams)  # (N,)
-        rows, unseen = places // totals.shape[1], places[:, None] % totals.shape[1]
+        scores, places = totals.flatten().topk(num_beams)  # both (N,)
+        rows, unseen = places // totals.shape[1], places[:, None] % totals.shape[1]  # (N,), (N, 1)
         cache.reorder(rows)
         scores, beams = scores[:, None], torch.cat((beams[rows], unseen), dim=1)
         if best_mean >= scores[0] / max_new_tokens:  # none of the living can get better than that
@@ -483,6 +498,13 @@ def what_is(path):
             "cut short" if head.startswith(b"PK") else "something else")
 
 
+def check_vocabulary(path, model):
+    """Raises InputError for a model of other tokens than GPT-2's, which no script can spell."""
+    if model.config.vocab_size != 50257:
+        raise InputError(f"{path} has a vocabulary of {model.config.vocab_size} tokens, where "
+                         "GPT-2's tokenizer has 50257")
+
+
 def check_names(path, model, weights):
     """Raises InputError with all that is missing, left over or of another shape in weights."""
     wanted, given = ({name: tuple(w.shape) for name, w in tensors.items()}
@@ -497,11 +519,15 @@ def check_names(path, model, weights):
 
 # ---- What the scripts share ----------------------------------------------------------------------
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
 def command_line(description):
     """A script's argument parser. From here on, what the user can put right ends the script with
     one line on standard error and status 2; a bug still shows its traceback."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
 
     def complain(message):
         raise InputError(f"{message}; --help lists the flags")

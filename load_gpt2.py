@@ -23,8 +23,9 @@ import urllib.request
 import numpy as np
 import torch
 
-from gpt import (GPT, VOCAB_PATH, GPTConfig, InputError, byte_spelling, check_names, command_line,
-                 get_tokenizer, load_checkpoint, save_checkpoint, what_is)
+from gpt import (GPT, VOCAB_PATH, GPTConfig, InputError, byte_spelling, check_names,
+                 check_vocabulary, command_line, get_tokenizer, load_checkpoint, save_checkpoint,
+                 what_is)
 
 SIZES = {"124M": "124M", "355M": "355M", "774M": "774M", "1558M": "1558M", "gpt2": "124M",
          "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
@@ -90,14 +91,14 @@ def read_message(data):
         tag, at = read_varint(data, at)
         if tag & 7 == 0:
             value, at = read_varint(data, at)
-        else:
+        else:  # its length stands before it, or is 8 or 4 bytes
             length, at = read_varint(data, at) if tag & 7 == 2 else ({1: 8, 5: 4}[tag & 7], at)
             value, at = data[at : at + length], at + length
         yield tag >> 3, value
 
 
 def read_index(path):
-    """model.ckpt.index -> {variable: (dtype, shape, data file, offset in it)}.
+    """model.ckpt.index -> {variable: (dtype, shape, data file, offset in it, bytes)}.
 
     Sizes are checked against the data files' lengths, checksums are not. Raises InputError.
     """
@@ -109,13 +110,16 @@ def read_index(path):
         raise InputError(f"{path} is {what_is(path)}, not the index of a TensorFlow checkpoint: "
                          "get it again")
     try:
-        footer = data[-48:]  # where two blocks are: of other things (skipped), of the data blocks
-        at = read_varint(footer, read_varint(footer, 0)[1])[1]
+        footer, at = data[-48:], 0  # offset and size of a block not used here, and of the index
+        for _ in range(2):
+            _, at = read_varint(footer, at)
         offset, at = read_varint(footer, at)
         entries = []
         for _, handle in read_block(data, offset, read_varint(footer, at)[0]):
             offset, at = read_varint(handle, 0)
             entries += read_block(data, offset, read_varint(handle, at)[0])
+        # Fields of the header: 1 number of shards, 2 endianness; of an entry: 1 dtype (1 is
+        # float32, 19 float16), 2 shape, 3 shard, 4 offset, 5 size. What is 0 is left out.
         header = dict(read_message(dict(entries)[b""]))
         if header.get(2):
             raise InputError("it was written by a big-endian machine")
@@ -123,7 +127,7 @@ def read_index(path):
         for key, value in entries:
             if key == b"":
                 continue
-            entry = dict(read_message(value))  # fields that are 0 are left out
+            entry = dict(read_message(value))
             shape = tuple(dict(read_message(size)).get(1, 0)
                           for number, size in read_message(entry.get(2, b"")) if number == 2)
             dtype = {1: np.float32, 19: np.float16}.get(entry.get(1))
@@ -297,12 +301,12 @@ def fetch(url, target):
             raise InputError("the answer is a web page, not the file")
         if response.status != 206:  # a server that cannot go on sends all
             have = 0
-        total, start, begun = have + int(length), time.time(), have
+        total, started, had = have + int(length), time.time(), have
         with open(part, "ab" if have else "wb") as file:
             while chunk := response.read(1 << 20):
                 file.write(chunk)
                 have += len(chunk)
-                speed = (have - begun) / (time.time() - start + 1e-9)
+                speed = (have - had) / (time.time() - started + 1e-9)
                 print(f"\r{os.path.basename(target)}: {have / 1e6:,.1f} of {total / 1e6:,.1f} MB, "
                       f"{speed / 1e6:.1f} MB/s, {(total - have) / speed:.0f} s left   ",
                       end="", file=sys.stderr)
@@ -320,8 +324,7 @@ def export(path, folder):
 
     model, _ = load_checkpoint(path)
     config = model.config
-    if config.vocab_size != 50257:
-        raise InputError(f"{path}: a vocabulary of {config.vocab_size} tokens is not GPT-2's")
+    check_vocabulary(path, model)
     weights, tensors = model.state_dict(), {}
     for our, _, transposed in table_of_names(config.n_layer):
         if our in weights:

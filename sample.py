@@ -11,8 +11,8 @@ import time
 
 import torch
 
-from gpt import (END_OF_TEXT, InputError, beam_search, check_sampling, choose_device, command_line,
-                 encode, get_tokenizer, load_checkpoint)
+from gpt import (END_OF_TEXT, InputError, beam_search, check_sampling, check_vocabulary,
+                 choose_device, command_line, encode, get_tokenizer, load_checkpoint)
 
 parser = command_line(__doc__)
 flag = parser.add_argument
@@ -48,9 +48,7 @@ if not os.path.exists(args.checkpoint):
                      "or fetch OpenAI's (python load_gpt2.py 124M)")
 device, dtype = choose_device(args.device, args.dtype)
 model, state = load_checkpoint(args.checkpoint)
-if model.config.vocab_size != 50257:
-    raise InputError(f"--checkpoint={args.checkpoint}: a vocabulary of {model.config.vocab_size} "
-                     "tokens is not GPT-2's of 50257")
+check_vocabulary(args.checkpoint, model)
 model.to(device, dtype).eval()
 loss = state.get("val_loss", state.get("best_val_loss"))
 print(f"{args.checkpoint}: step {state.get('step', 0)}"
@@ -70,12 +68,11 @@ start = time.perf_counter()
 if args.num_beams:
     tokens = beam_search(model, idx, args.max_new_tokens, args.num_beams, stop_token)[:, None]
 else:
-    generator = torch.Generator("cpu" if device.type == "mps" else device)
-    generator.manual_seed(args.seed % 2**63)
+    generator = torch.Generator().manual_seed(args.seed % 2**63)
     tokens = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
                             stop_token, generator)
 
-# A character may be split over two tokens: the decoder waits until it is whole.
+# A character may be split over several tokens: the decoder waits until it is whole.
 decoder = codecs.getincrementaldecoder("utf-8")("replace")
 rows = [[] for _ in range(args.num_samples)]  # of token ids
 print(prompt, end="", flush=True)

@@ -32,8 +32,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from gpt import (END_OF_TEXT, GPT, GPTConfig, InputError, choose_device, command_line, encode,
-                 get_tokenizer, load_checkpoint, save_checkpoint)
+from gpt import (END_OF_TEXT, GPT, GPTConfig, InputError, check_vocabulary, choose_device,
+                 command_line, encode, get_tokenizer, load_checkpoint, save_checkpoint)
 
 STORY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "story.txt")
 PIECE = 1 << 20  # bytes of text read at a time
@@ -65,10 +65,10 @@ def flags():
     flag("--eval_only", action="store_true", help="print the losses, write nothing")
     flag("--max_iters", type=number(int, 0), default=150, help="steps, from the run's beginning")
     flag("--batch_size", type=number(int, 1), default=2, help="windows computed at once")
-    flag("--gradient_accumulation_steps", type=number(int, 1), default=1, help="batches a step")
-    flag("--block_size", type=number(int, 1), default=256, help="tokens a window")
+    flag("--gradient_accumulation_steps", type=number(int, 1), default=1, help="batches per step")
+    flag("--block_size", type=number(int, 1), default=256, help="tokens per window")
     flag("--n_layer", type=number(int, 1), default=12, help="blocks")
-    flag("--n_head", type=number(int, 1), default=12, help="attention heads a block")
+    flag("--n_head", type=number(int, 1), default=12, help="attention heads per block")
     flag("--n_embd", type=number(int, 1), default=768, help="channels")
     flag("--dropout", type=number(float, 0, 1), default=0.1, help="share of activations dropped")
     flag("--bias", action=on_off, default=True, help="biases in linear layers and LayerNorms")
@@ -79,7 +79,7 @@ def flags():
     flag("--weight_decay", type=number(float, 0), default=0.1, help="AdamW's pull towards 0")
     flag("--beta1", type=number(float, 0, 1), default=0.8, help="AdamW's memory of gradients")
     flag("--beta2", type=number(float, 0, 1), default=0.95, help="and of their squares")
-    flag("--grad_clip", type=number(float, 0), default=1.0, help="longest gradient; 0: any")
+    flag("--grad_clip", type=number(float, 0), default=1.0, help="gradients' length limit; 0: none")
     flag("--eval_interval", type=number(int, 1), default=30, help="steps between evaluations")
     flag("--eval_iters", type=number(int, 1), default=20, help="steps' worth of text evaluated")
     flag("--log_interval", type=number(int, 1), default=10, help="steps between printed lines")
@@ -91,7 +91,7 @@ def flags():
     return parser
 
 
-# What --resume takes anew; a change of anything else would make it another run.
+# Flags that --resume may change; any other change would make it another run.
 FREE = ("data", "out_dir", "resume", "overwrite", "eval_only", "max_iters", "device", "compile",
         "eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps")
 
@@ -130,18 +130,18 @@ def starting_point(processes):
         steps = load_checkpoint(path)[1].get("step", 0)
         raise InputError(f"{args.out_dir} holds a run of {steps} steps: go on with --resume, "
                          "choose another --out_dir, or give --overwrite")
-    if model and model.config.vocab_size != 50257:
-        raise InputError(f"the checkpoint's vocabulary has {model.config.vocab_size} tokens, not "
-                         "the 50257 of GPT-2's tokenizer")
+    if model:
+        check_vocabulary(path if args.resume else args.init_from, model)
     if args.lr_decay_iters is None:
         args.lr_decay_iters = args.max_iters
-    windows = args.batch_size * args.gradient_accumulation_steps * processes  # a step
-    if getattr(args, "windows_a_step", windows) != windows:
+    # Kept among the flags, as text_key will be, so that a resumed run is compared with it.
+    windows = args.batch_size * args.gradient_accumulation_steps * processes
+    if getattr(args, "windows_per_step", windows) != windows:
         raise InputError(
             f"--batch_size={args.batch_size} x --gradient_accumulation_steps="
             f"{args.gradient_accumulation_steps} x {processes} processes is {windows} windows a "
-            f"step, the run has {args.windows_a_step}: choose them so that the product stays")
-    args.windows_a_step = windows
+            f"step, the run has {args.windows_per_step}: choose them so that the product stays")
+    args.windows_per_step = windows
     return args, model, state
 
 
@@ -152,8 +152,9 @@ def prepare_folder(folder, n_parameters):
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"--out_dir={folder} cannot be written to: {error.strerror}") from error
-    for stray in glob.glob(os.path.join(glob.escape(folder), "*.tmp")):
-        os.remove(stray)
+    for name in ("ckpt.pt.tmp", "best.pt.tmp", "tokens-*.tmp"):
+        for stray in glob.glob(os.path.join(glob.escape(folder), name)):
+            os.remove(stray)
     # Bytes a parameter: ckpt.pt 12 (weights and AdamW's two averages) and as many while the next
     # one is written, best.pt 4.
     there = [os.path.join(folder, name) for name in ("ckpt.pt", "best.pt")]
@@ -193,12 +194,12 @@ def read_text(path):
 
 
 def cut_safely(pieces):
-    """Cuts a text anew, where encoding part by part gives the ids of encoding it whole: no token
-    reaches from a sign into the white space after it."""
+    """Regroups a text's pieces into parts that give the whole text's ids when encoded one by one:
+    each ends before a space or line end, and no token reaches into that from a visible sign."""
     text = ""
     for piece in pieces:
         text += piece
-        last = re.search(r"[ \n]\S", text[::-1])  # backwards, the last such place is the first
+        last = re.search(r"[ \n]\S", text[::-1])  # searched backwards: the first is the last
         if last and len(text) >= PIECE:
             cut = len(text) - last.start() - 1
             yield text[:cut]
@@ -209,8 +210,9 @@ def cut_safely(pieces):
 def tokenize(path, folder, say):
     """The text at path -> its tokens (n,) uint16, mapped from a file in folder; characters; a key.
 
-    50,257 ids fit into 16 bits: two bytes a token. The file is made once for a text, in constant
-    memory and on all cores, and is named by the text's hash: a changed text never meets old tokens.
+    50,257 ids are less than 2^16: two bytes per token. The file is made once for a text, on all
+    cores and in constant memory, and named by the text's hash: a changed text never meets old
+    tokens.
     """
     sha, characters = hashlib.sha256(), 0
     for piece in read_text(path):
@@ -265,7 +267,7 @@ def shuffled(n_windows, seed, epoch):
 
 def windows_of(step, micro, args, n_windows):
     """The numbers of the windows in a step's micro-batch."""
-    first = step * args.windows_a_step + micro * args.batch_size  # so many were read before
+    first = step * args.windows_per_step + micro * args.batch_size  # so many were read before
     return [int(shuffled(n_windows, args.seed, i // n_windows)[i % n_windows])
             for i in range(first, first + args.batch_size)]
 
@@ -276,7 +278,8 @@ def dropout_seed(step, micro, args):
 
 
 def get_batch(tokens, windows, block_size, device):
-    """-> inputs and targets, both (B, T) int64: T tokens give T predictions, each of the next."""
+    """-> inputs and targets, both (B, T) int64. T tokens give T predictions: place t sees only
+    tokens 0 to t, so that the next one is a fair question at every place."""
     rows = np.stack([tokens[w * block_size : (w + 1) * block_size + 1] for w in windows])
     rows = torch.from_numpy(rows.astype(np.int64))  # (B, T + 1)
     if device.type == "cuda":  # from pinned memory the copy runs beside the GPU's work
@@ -290,7 +293,8 @@ def get_batch(tokens, windows, block_size, device):
 def learning_rate(step, args):
     """The rate of a step, counted from 0: a linear warm-up, then half a cosine down to min_lr.
 
-    AdamW's averages are poor at first, hence small steps; at the end small steps let it settle.
+    AdamW's averages rest on few gradients at first, hence small steps; at the end small steps
+    settle into a minimum instead of jumping about it.
     """
     if step < args.warmup_iters:
         return args.learning_rate * (step + 1) / args.warmup_iters
@@ -301,16 +305,16 @@ def learning_rate(step, args):
 
 
 @torch.no_grad()
-def evaluate(model, splits, args, rank, processes, autocast):
-    """The mean loss of each split, in nats; splits: [(tokens, n_windows)].
+def evaluate(model, evaluated, args, rank, processes, autocast):
+    """The mean loss of each split, in nats; evaluated: [(tokens, n_windows)] of the splits.
 
     Always the same windows, without dropout and so without drawing a random number: the run is the
     same however often it is evaluated. Processes share the windows out.
     """
     device = model.wte.weight.device
-    losses = torch.zeros(len(splits), dtype=torch.float64)
+    losses = torch.zeros(len(evaluated), dtype=torch.float64)
     model.eval()
-    for i, (tokens, n_windows) in enumerate(splits):
+    for i, (tokens, n_windows) in enumerate(evaluated):
         mine = range(n_windows)[rank::processes]
         for start in range(0, len(mine), args.batch_size):
             windows = mine[start : start + args.batch_size]
@@ -356,7 +360,7 @@ def plot(log_path, png_path):
     plt.close(figure)
 
 
-# Products a second in dense bfloat16, from NVIDIA's data sheets.
+# Multiplications and additions per second in dense bfloat16, from NVIDIA's data sheets.
 PEAK_FLOPS = {"A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12, "L4": 121e12}
 
 
@@ -389,8 +393,8 @@ if __name__ == "__main__":
     if device.type == "cuda":  # TF32: what is float32 is multiplied with 11 of its 24 bits, faster
         torch.set_float32_matmul_precision("high")
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # glibc hands large freed buffers back to the system, and each step would get them again
-        # by 200,000 page faults. To keep them makes a float32 step of 124M 1.2 times as fast.
+        # glibc hands large freed buffers back to the system, and each step would fetch them again
+        # by 200,000 page faults. Keeping them makes a float32 step of 124M 1.2 times as fast.
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
@@ -400,7 +404,7 @@ if __name__ == "__main__":
                           args.dropout, args.bias))
     if start_model:
         weights = start_model.state_dict()
-        weights["wpe.weight"] = weights["wpe.weight"][: args.block_size]
+        weights["wpe.weight"] = weights["wpe.weight"][: args.block_size]  # the first positions
         model.load_state_dict(weights)
         start_model = weights = None  # unmapped, since Windows replaces no mapped file
     model.to(device)
@@ -429,25 +433,27 @@ if __name__ == "__main__":
             f"--data={args.data} is too short: {sizes[0]} tokens to train on and {sizes[1]} to "
             f"validate, where --block_size={args.block_size} needs {args.block_size + 1} in each "
             f"split; the largest that fits is --block_size={min(sizes) - 1}")
-    tokens_a_step = args.windows_a_step * args.block_size
-    evaluated = [(split, min(n, args.eval_iters * args.windows_a_step))
+    tokens_per_step = args.windows_per_step * args.block_size
+    evaluated = [(split, min(n, args.eval_iters * args.windows_per_step))
                  for split, n in zip(splits, n_windows)]
 
-    # Optimizer. Decay pulls matrices towards 0, so that none grows without need; the few biases and
-    # LayerNorm gains cannot overfit, and their size is what they are there for.
+    # Optimizer. AdamW moves a weight by lr times its averaged gradient over the root of its
+    # averaged squared gradient; the betas say how long the averages last. Decay pulls matrices
+    # towards 0, so that none grows without need. Biases and gains are too few to overfit, and a
+    # LayerNorm's gain pulled to 0 would switch its channel off.
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in parameters if p.dim() >= 2]},
          {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}],
         lr=args.learning_rate, betas=(args.beta1, args.beta2), weight_decay=args.weight_decay,
         fused=True)
-    # float16 ends at 6e-8: its gradients are scaled up, lest they vanish, and down again for AdamW.
+    # Below 6e-8 float16 is 0: its gradients are scaled up, lest they vanish, then down for AdamW.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state:
         optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         scaler.load_state_dict(state["scaler"])
         state = None  # unmapped
-    ddp = torch.nn.parallel.DistributedDataParallel(model) if processes > 1 else model
-    trained = ddp  # what computes the training loss
+    # One set of weights: model computes, ddp exchanges gradients too, trained may be compiled.
+    trained = ddp = torch.nn.parallel.DistributedDataParallel(model) if processes > 1 else model
     if args.compile or (args.compile is None and device.type == "cuda"):
         try:  # on a first batch, which trains nothing
             compiled = torch.compile(ddp)
@@ -463,7 +469,7 @@ if __name__ == "__main__":
     say(about)
     for name, size, n in zip(("training", "validation"), sizes, n_windows):
         say(f"{name}: {size:,} tokens, {n:,} windows of {args.block_size}")
-    say(f"{n_parameters:,} parameters, {device}, {args.dtype}, {tokens_a_step:,} tokens a step")
+    say(f"{n_parameters:,} parameters, {device}, {args.dtype}, {tokens_per_step:,} tokens a step")
     if args.eval_only:
         losses = evaluate(model, evaluated, args, rank, processes, autocast)
         say(f"step {step}: training loss {losses[0]:.4f}, validation loss {losses[1]:.4f}")
@@ -491,17 +497,18 @@ if __name__ == "__main__":
 
     def stop_unless_finite(what, *values):
         if not all(map(math.isfinite, values)):
-            say(f"train.py: error: {what} {values} at step {step}, learning rate "
+            say(f"train.py: error: {what} not finite, {values}, at step {step}, learning rate "
                 f"{learning_rate(step, args):.2e}, {args.dtype}: stopped, the last good checkpoint "
                 "is kept; a lower --learning_rate may help", file=sys.stderr)
             sys.exit(1)
 
-    # MFU, model FLOPs utilisation: the share of the GPU's peak that goes into the model's own
-    # arithmetic, a token's 6 a weight (positions are only looked up) and attention's products.
-    flops_a_token = (6 * (n_parameters - model.wpe.weight.numel())
+    # MFU, model FLOPs utilisation: the share of the GPU's peak that the model's arithmetic takes. A
+    # token costs each weight a multiplication and an addition forward and twice that backward (but
+    # positions are only looked up), and attention's products come on top.
+    flops_per_token = (6 * (n_parameters - model.wpe.weight.numel())
                      + 12 * args.n_layer * args.n_embd * args.block_size)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+    peak = next((PEAK_FLOPS[name] for name in PEAK_FLOPS if re.search(rf"\b{name}\b", gpu)), None)
 
     just_resumed = args.resume  # what is due at this step was done before it was saved
     stop, loss, lr, grad_norm = False, None, None, None  # of the last step
@@ -511,14 +518,14 @@ if __name__ == "__main__":
         # `step` steps are done. First whatever is due after so many, then the next one.
         evaluating = not just_resumed and (step % args.eval_interval == 0 or step == args.max_iters)
         if evaluating or (step % args.log_interval == 0 and not just_resumed):
-            row = {"iter": step, "tokens": step * tokens_a_step}
+            row = {"iter": step, "tokens": step * tokens_per_step}
             if timed:
-                speed = timed * tokens_a_step / seconds
+                speed = timed * tokens_per_step / seconds
                 row |= {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_s": speed}
                 left = datetime.timedelta(seconds=round((args.max_iters - step) * seconds / timed))
-                mfu = f" | MFU {speed * flops_a_token / peak / processes:.1%}" if peak else ""
+                mfu = f" | MFU {speed * flops_per_token / peak / processes:.1%}" if peak else ""
                 say(f"step {step}/{args.max_iters} | epoch "
-                    f"{step * args.windows_a_step / n_windows[0]:.1f} | loss {loss:.4f} | lr "
+                    f"{step * args.windows_per_step / n_windows[0]:.1f} | loss {loss:.4f} | lr "
                     f"{lr:.2e} | norm {grad_norm:.2f} | {speed:,.0f} tokens/s{mfu} | {left} left")
                 seconds, timed = 0.0, 0
             if evaluating:
@@ -528,7 +535,7 @@ if __name__ == "__main__":
                 say(f"step {step}: training loss {losses[0]:.4f} (perplexity "
                     f"{math.exp(losses[0]):,.2f}), validation loss {losses[1]:.4f} (perplexity "
                     f"{math.exp(losses[1]):,.2f})")
-                if step == 0:  # nothing learned: each token gets about 1 / 50,257
+                if step == 0:  # random weights give each token about 1 / 50,257
                     say(f"(a blind guess costs ln(50257) = {math.log(50257):.4f})")
             if rank == 0:
                 log.writerow(row)
@@ -567,10 +574,10 @@ if __name__ == "__main__":
             # Gradients of micro-batches add up here; processes exchange them once, with the last.
             ddp.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
             with autocast():
-                _, loss = trained(inputs, targets)
-            loss = loss / args.gradient_accumulation_steps  # so that they add up to the mean
-            scaler.scale(loss).backward()
-            report[0] += loss.detach() / processes
+                _, micro_loss = trained(inputs, targets)
+            micro_loss = micro_loss / args.gradient_accumulation_steps  # to add up to the mean
+            scaler.scale(micro_loss).backward()
+            report[0] += micro_loss.detach() / processes
         report[1] += bool(caught)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
@@ -581,7 +588,8 @@ if __name__ == "__main__":
         # An overflow in float16 is the scaler's business: it leaves the step out and scales less.
         overflow = scaler.is_enabled() and scaler.get_scale() > 1
         stop_unless_finite("loss and gradient norm", loss, 0.0 if overflow else grad_norm)
-        if 0 < args.grad_clip < grad_norm:  # made shorter, the direction stays
+        # One odd batch must not throw the weights far: same direction, but shorter.
+        if 0 < args.grad_clip < grad_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, args.grad_clip, norm)
         scaler.step(optimizer)
         scaler.update()
