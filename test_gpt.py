@@ -432,7 +432,7 @@ def test_resumed_is_the_same_run(run, tmp_path):
     assert same_run(whole, tmp_path)
 
 
-def test_evaluation_does_not_change_the_run(run, tmp_path):
+def test_evaluation_does_not_change_the_run(run, tmp_path, capsys):
     whole, _ = run
     main("train.py", *SMALL, "--max_iters=10", "--eval_interval=1000", "--eval_iters=1",
          "--log_interval=1", "--warmup_iters=3", f"--out_dir={tmp_path}")
@@ -441,6 +441,22 @@ def test_evaluation_does_not_change_the_run(run, tmp_path):
     before = sorted(os.listdir(tmp_path))
     main("train.py", "--resume", "--eval_only", f"--out_dir={tmp_path}")
     assert sorted(os.listdir(tmp_path)) == before
+    last = log_of(tmp_path)[-1]  # dropout is off: the same losses to the last digit
+    assert (f"training loss {float(last['train_loss']):.4f}, validation loss "
+            f"{float(last['val_loss']):.4f}") in capsys.readouterr().out
+
+
+def test_weight_decay_and_clipping(run, tmp_path):
+    model, state = gpt.load_checkpoint(str(run[0] / "ckpt.pt"))
+    decayed, others = state["optimizer"]["param_groups"]
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0)
+    assert len(decayed["params"]) == 2 + 4 * 2 and len(others["params"]) == 2 + 8 * 2
+    # gradients clipped far below Adam's eps move nothing
+    main("train.py", *SMALL, "--max_iters=2", "--warmup_iters=0", "--weight_decay=0",
+         "--grad_clip=1e-14", "--eval_iters=1", f"--out_dir={tmp_path}")
+    rows = log_of(tmp_path)
+    assert float(rows[0]["val_loss"]) == pytest.approx(float(rows[-1]["val_loss"]), abs=1e-4)
+    assert float(rows[-1]["grad_norm"]) > 0.1  # as it was before
 
 
 def test_accumulation_and_processes_do_not_change_the_loss(tmp_path):
@@ -708,6 +724,12 @@ def test_a_run_is_not_overwritten_nor_changed_by_accident(run, tmp_path, capsys)
     assert not (folder / "ckpt.pt.tmp").exists()
     main("train.py", *SMALL, out, "--max_iters=0", "--overwrite")
     assert [row["iter"] for row in log_of(folder)] == ["0"]
+
+
+def test_a_run_gone_astray_but_finite_goes_on(tmp_path):
+    main("train.py", *SMALL, "--max_iters=3", "--warmup_iters=0", "--grad_clip=0", "--eval_iters=1",
+         "--learning_rate=1e4", f"--out_dir={tmp_path}")
+    assert float(log_of(tmp_path)[-1]["val_loss"]) > 1000  # whose exponential is no float
 
 
 def test_a_diverging_run_keeps_the_good_checkpoint(tmp_path):
