@@ -216,9 +216,7 @@ class GPT(nn.Module):
         with a random seed, never PyTorch's global one.
         Raises InputError at once for values that make no sense.
         """
-        check_sampling(temperature, top_k, top_p)
-        if max_new_tokens < 0:
-            raise InputError(f"max_new_tokens={max_new_tokens}: 0 or more is needed")
+        check_sampling(max_new_tokens, temperature, top_k, top_p)
         if idx.dim() != 2 or 0 in idx.shape:
             raise InputError(f"a prompt of shape {tuple(idx.shape)}: (B, T) with T >= 1 is needed")
         if generator is None:
@@ -327,8 +325,10 @@ def empty_embedding(rows, columns):
 
 # ---- Choosing tokens -----------------------------------------------------------------------------
 
-def check_sampling(temperature, top_k, top_p):
-    """Raises InputError for a temperature, top_k or top_p that means nothing, nan among them."""
+def check_sampling(max_new_tokens, temperature, top_k, top_p):
+    """Raises InputError for values that mean nothing, nan among them."""
+    if not max_new_tokens >= 0:
+        raise InputError(f"max_new_tokens={max_new_tokens}: 0 or more is needed")
     if not temperature >= 0:
         raise InputError(f"temperature={temperature}: 0 (greedy) or more is needed")
     if top_k is not None and not top_k >= 0:
@@ -351,6 +351,9 @@ def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     probs = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)  # (B, k)
     if top_p is not None and top_p < 1:  # a token goes if those before it reach p already
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)
+    if not probs.isfinite().all():
+        raise InputError("the model's logits are not finite: its weights must be damaged; use an "
+                         "earlier checkpoint, such as best.pt")
     # multinomial needs no sum of 1, and over k candidates costs far less than over V
     device = generator.device if generator else probs.device
     drawn = torch.multinomial(probs.to(device), 1, generator=generator)  # (B, 1)
@@ -475,7 +478,8 @@ def load_checkpoint(path, verify=False):
     except (RuntimeError, zipfile.BadZipFile, EOFError, OSError) as error:
         raise InputError(f"{path} is damaged ({str(error).splitlines()[0]}); use another, such as "
                          "best.pt or an older run's") from error
-    if (not isinstance(state, dict) or not {"config", "model"} <= state.keys()
+    if (not isinstance(state, dict)
+            or not all(isinstance(state.get(name), dict) for name in ("config", "model"))
             or state["config"].keys() != asdict(GPTConfig()).keys()):
         raise InputError(f"{path} is not a checkpoint of this project: no config and model in it")
     weights = {name.removeprefix("_orig_mod."): w for name, w in state.pop("model").items()}
@@ -489,7 +493,7 @@ def load_checkpoint(path, verify=False):
 def what_is(path):
     """For messages: in words, what a file that is not the right one seems to be."""
     if not os.path.isfile(path):
-        return "missing"
+        return "a folder" if os.path.isdir(path) else "missing"
     with open(path, "rb") as file:
         head = file.read(99).lstrip()
     return ("empty" if not head else "a web page (a download's error message?)"
@@ -533,6 +537,8 @@ def command_line(description):
 
     def show(kind, error, trace):
         message, status = str(error), 2
+        if issubclass(kind, BrokenPipeError):  # who read the output has seen enough
+            os._exit(141)
         if issubclass(kind, KeyboardInterrupt):
             message, status = "interrupted", 130
         elif issubclass(kind, torch.OutOfMemoryError) or "can't allocate memory" in message:

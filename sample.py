@@ -30,7 +30,7 @@ flag("--device", default="auto", help="auto (the first there is of), cuda, mps, 
 flag("--dtype", default="auto", help="auto, bfloat16, float16, float32")
 args = parser.parse_args()
 
-check_sampling(args.temperature, args.top_k, args.top_p)
+check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
 if args.num_samples < 1 or (args.num_beams and args.num_samples > 1) or args.num_beams < 0:
     raise InputError(f"--num_samples={args.num_samples} --num_beams={args.num_beams}: at least 1 "
                      "sample is needed, and beam search gives exactly 1")

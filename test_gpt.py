@@ -665,8 +665,9 @@ def test_damaged_and_hostile_checkpoints_are_refused(tmp_path, monkeypatch):
 
 def faults(folder):
     """(flags of train.py, what the message must say) for what users of such projects met."""
-    for name, content in {"empty.txt": b"", "short.txt": b"Only a few words here. " * 20,
-                          "latin.txt": b"caf\xe9 " * 9, "odd.bin": b"abc",
+    for name, content in {"empty.txt": b"", "tiny.txt": b"one two", "odd.bin": b"abc",
+                          "short.txt": b"Only a few words here. " * 20,
+                          "latin.txt": b"caf\xe9 " * 9,
                           "page.pt": b"<html>", "medium.txt": b"one two three four " * 40}.items():
         (folder / name).write_bytes(content)
     gpt.save_checkpoint(str(folder / "vocab.pt"), tiny(), step=0)
@@ -680,7 +681,8 @@ def faults(folder):
         (["--data=nothing"], "no .txt"), (["--data=latin.txt"], r"byte 3 \(0xe9\)"),
         (["--data=odd.bin"], "3 bytes"),
         (["--data=short.txt"], r"108 .*13 .*--block_size=256.*--block_size=12$"),
-        (["--data=medium.txt", "--block_size=64"], "17 to validate.*--block_size=16"),
+        (["--data=tiny.txt"], "no block_size fits"),
+        (["--data=medium.txt", "--block_size=64"], "17 in the validation split.*--block_size=16$"),
         (["--n_embd=10", "--n_head=3"], "n_embd=10.*n_head=3"),
         (["--batchsize=2"], "--batchsize"), (["--batch_size=0"], "at least 1"),
         (["--learning_rate=nan"], "nan"), (["--max_iters=-1"], "-1"), (["--dropout=1"], "below 1"),

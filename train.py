@@ -106,7 +106,7 @@ def starting_point(processes):
             raise InputError(f"--resume: there is no {path}; start a run without --resume, or name "
                              "the right --out_dir")
         model, state = load_checkpoint(path, verify=True)
-        if "optimizer" not in state:
+        if not {"optimizer", "scaler", "step", "log_bytes", "args"} <= state.keys():
             raise InputError(f"--resume: {path} has weights but no optimizer state; start a new "
                              f"run from it with --init_from={path} and another --out_dir")
         saved = state["args"] | {"out_dir": args.out_dir}
@@ -160,8 +160,8 @@ def prepare_folder(folder, n_parameters):
     there = [os.path.join(folder, name) for name in ("ckpt.pt", "best.pt")]
     needed = 28 * n_parameters - sum(os.path.getsize(p) for p in there if os.path.exists(p))
     if (free := shutil.disk_usage(folder).free) < needed:
-        raise InputError(f"--out_dir={folder}: checkpoints need {needed / 1e9:.2f} GB, but "
-                         f"{free / 1e9:.2f} GB are free")
+        raise InputError(f"--out_dir={folder}: checkpoints need {needed / 1e6:,.1f} MB, but "
+                         f"{free / 1e6:,.1f} MB are free; make room or choose another")
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -176,6 +176,7 @@ def read_text(path):
         names = sorted(glob.glob(os.path.join(glob.escape(path), "*.txt")))
     if not names:
         raise InputError(f"--data={path}: no .txt file in this folder")
+    names = [name for name in names if os.path.getsize(name)]
     for name in names:
         if name != names[0]:
             # Windows may reach over this border, and attention sees across it: as in GPT-2's own
@@ -435,10 +436,12 @@ if __name__ == "__main__":
     splits, sizes = (tokens[:cut], tokens[cut:]), (cut, len(tokens) - cut)
     n_windows = [(size - 1) // args.block_size for size in sizes]
     if min(n_windows) < 1:
+        largest = max(0, min(sizes) - 1)
         raise InputError(
-            f"--data={args.data} is too short: {sizes[0]} tokens to train on and {sizes[1]} to "
-            f"validate, where --block_size={args.block_size} needs {args.block_size + 1} in each "
-            f"split; the largest that fits is --block_size={min(sizes) - 1}")
+            f"--data={args.data} is too short: {sizes[0]} tokens in the training split and "
+            f"{sizes[1]} in the validation split, where --block_size={args.block_size} needs "
+            f"{args.block_size + 1}; " + (f"the largest that fits is --block_size={largest}"
+                                          if largest else "no block_size fits, give more text"))
     tokens_per_step = args.windows_per_step * args.block_size
     evaluated = [(split, min(n, args.eval_iters * args.windows_per_step))
                  for split, n in zip(splits, n_windows)]
