@@ -733,7 +733,7 @@ def test_a_run_is_not_overwritten_nor_changed_by_accident(run, tmp_path, capsys)
 
 
 def test_a_run_gone_astray_but_finite_goes_on(tmp_path):
-    main("train.py", *SMALL, "--max_iters=3", "--warmup_iters=0", "--grad_clip=0", "--eval_iters=1",
+    main("train.py", *SMALL, "--max_iters=1", "--warmup_iters=0", "--grad_clip=0", "--eval_iters=1",
          "--learning_rate=1e4", f"--out_dir={tmp_path}")
     assert float(log_of(tmp_path)[-1]["val_loss"]) > 1000  # whose exponential is no float
 
