@@ -1,8 +1,8 @@
 """GPT-2, the whole model: token ids in, the probabilities of the next token out.
 
 Shapes stand beside the tensors in these letters: B batch, T tokens (S with those the cache already
-holds), C channels (n_embd), H heads, D = C / H channels of a head, V vocabulary, n tokens of any
-rows, N beams.
+holds), C channels (n_embd), H heads, D = C / H channels of a head, V vocabulary; n = B T tokens in
+one row, k candidates, N beams.
 
 Sources: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019) and OpenAI's
 gpt-2/src/model.py, whose parameter names are kept; for attention, section 3.2 of "Attention Is All
@@ -63,8 +63,8 @@ class KVCache:
     def __init__(self, config, batch_size, device, dtype):
         shape = (2, config.n_layer, batch_size, config.n_head, config.block_size,
                  config.n_embd // config.n_head)
-        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, H, S, D)
-        self.length = 0  # tokens held; there is room for block_size
+        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, H, room, D)
+        self.length = 0  # tokens held; GPT.hidden counts on when all layers have stored theirs
 
     def append(self, layer, k, v):
         """Stores a layer's k and v of new tokens, (B, H, T, D), and returns all, (B, H, S, D)."""
@@ -79,27 +79,34 @@ class KVCache:
             kept[:, :, :, : self.length] = kept[:, rows, :, : self.length]
 
 
-def attend(q, k, v, p):
-    """Each query gets the mean of the values up to its own place, weighted by how well keys fit it.
+def attend(q, k, v, dropout_p):
+    """softmax(q @ k.T / sqrt(D) + mask) @ v: each query gets a mean of values, weighted by how well
+    their keys fit it.
 
-    q (B, H, T, D); k and v (B, H, S, D), of which the last T are the queries' own tokens; p is the
-    probability of dropping a weight. -> (B, H, T, D)
+    A sum of D products spreads sqrt(D) times as wide as one; undivided, softmax would give nearly
+    all weight to one key and pass almost no gradient back. The mask adds minus infinity to keys
+    that come after the query, a weight of exp(-inf) = 0, so that no token sees the future.
+
+    q (B, H, T, D); k and v (B, H, S, D), of which the last T are the queries' own tokens; weights
+    are dropped with probability dropout_p. -> (B, H, T, D)
     """
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
-    if p > 0 and q.device.type == "cpu":  # where this takes half the time of the call below
-        # A sum of D products spreads like sqrt(D). Undivided, softmax would soon put all weight on
-        # one key, where its gradient is 0. Minus infinity is a weight of 0: no one sees the future.
-        future = q.new_full((T, S), -math.inf).triu(S - T + 1)  # (T, S)
-        scores = q @ k.transpose(2, 3) / math.sqrt(D) + future  # (B, H, T, S)
-        return dropout(scores.softmax(dim=-1), p, True) @ v
-    # is_causal lines the first query up with the first key: wrong if the cache held tokens. A
-    # single query may see all keys.
+    if dropout_p > 0 and q.device.type == "cpu":  # where this takes half the time of the call below
+        mask = q.new_full((T, S), -math.inf).triu(S - T + 1)  # (T, S)
+        weights = (q / math.sqrt(D) @ k.transpose(2, 3) + mask).softmax(dim=-1)  # (B, H, T, S)
+        return dropout(weights, dropout_p, True) @ v
+    # is_causal lines the first query up with the first key: wrong if the cache held tokens. Then
+    # query t sees keys 0 to S - T + t, and a single query all of them.
     visible = q.new_ones(T, S, dtype=torch.bool).tril(S - T) if 1 < T < S else None  # (T, S)
-    return F.scaled_dot_product_attention(q, k, v, visible, p, is_causal=T == S > 1)
+    return F.scaled_dot_product_attention(q, k, v, visible, dropout_p, is_causal=T == S)
 
 
 class CausalSelfAttention(nn.Module):
-    """Where tokens exchange information; several heads, as one softmax looks for one thing only."""
+    """Where tokens exchange information. One softmax makes one weighting of the past; H heads, on
+    D channels each, make H different ones at the same cost.
+
+    c_ is OpenAI's for convolution: theirs were one token wide, which is a linear layer.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -140,9 +147,9 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)  # GPT-2's eps is PyTorch's, 1e-5
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, layer=0):
@@ -151,59 +158,66 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Embeddings, n_layer blocks, and a head that is the token embedding once more.
+    """Embeddings, n_layer blocks, and an output layer that is the token embedding once more.
 
-    Sharing that table saves 38.6M numbers, 124.4M instead of 163.0M: what a token means and when to
-    say it are much the same knowledge.
+    Tying the two saves 38.6M numbers, 124.4M instead of 163.0M: what a token means and when to say
+    it are much the same knowledge.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = empty_embedding(config.vocab_size, config.n_embd)  # what each token is
+        self.wte = empty_embedding(config.vocab_size, config.n_embd)  # (V, C): what each token is
         self.wpe = empty_embedding(config.block_size, config.n_embd)  # where it stands
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))  # the hidden layers
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         if self.wte.weight.is_meta:  # shapes alone: the numbers come from a file
             return
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
-                # x sums up 2 n_layer projections: each starts smaller, lest x grow with depth.
+                # x sums up 2 n_layer projections, whose variances add up: each starts smaller by
+                # the root of that number, lest x grow with depth.
                 shrink = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(parameter, std=0.02 / shrink)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     def hidden(self, idx, cache=None):
-        """idx (B, T) int64 -> (B, T, C), from which the head makes logits; the cache grows by T."""
+        """idx (B, T) int64 -> x (B, T, C) and weight (V, C): x @ weight.T are the logits.
+
+        The cache grows by T tokens.
+        """
         past, T = cache.length if cache else 0, idx.shape[1]
         if past + T > self.config.block_size:
             raise InputError(f"a sequence of {past + T} tokens is longer than "
                              f"block_size={self.config.block_size}")
-        x = self.wte(idx) + self.wpe.weight[past : past + T]  # (B, T, C)
+        x, weight = TiedEmbedding.apply(self.wte.weight, idx)  # (B, T, C), (V, C)
+        x = x + self.wpe.weight[past : past + T]  # (B, T, C) + (T, C)
         x = dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.h):
             x = block(x, cache, layer)
         if cache:
             cache.length += T
-        return self.ln_f(x)
+        return self.ln_f(x), weight  # x has grown by every block: back to one scale
 
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) int64 -> logits (B, T, V), a score of each token to come next, and None.
 
-        With targets (B, T) int64: None and the mean loss in nats, ().
-
+        With targets (B, T) int64: None and the mean cross-entropy in nats, the unit of ln, (). It
+        is minus the log of the probability that the model gave to the right token: 7.4541e-05, say,
+        costs 9.5042 nats. Among n equally likely tokens each costs ln n, so the exponential of the
+        mean, perplexity, is that n: 10.794 nats are to be as unsure as among 48,725 tokens.
         Raises InputError for more than block_size tokens, those in the cache included.
         """
-        x = self.hidden(idx, cache)
+        x, weight = self.hidden(idx, cache)
         if targets is None:
-            return F.linear(x, self.wte.weight), None
-        return None, LinearCrossEntropy.apply(
-            x.flatten(0, 1), self.wte.weight, targets.flatten(), torch.is_grad_enabled())
+            return F.linear(x, weight), None
+        return None, LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten())
 
     def next_logits(self, idx, cache):
         """idx (B, T) int64 -> the logits of the last position alone, (B, V); the cache grows."""
-        return F.linear(self.hidden(idx, cache)[:, -1], self.wte.weight)
+        x, weight = self.hidden(idx, cache)
+        return F.linear(x[:, -1], weight)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
                  stop_token=None, generator=None):
@@ -212,8 +226,8 @@ class GPT(nn.Module):
         See `next_token` for temperature, top_k and top_p. A row that met stop_token goes on
         yielding it, and generation ends when all rows have. Only the last block_size tokens of idx
         count; whenever the window is full, it restarts from its most recent half. Draws happen on
-        generator's device (mps has drawn impossible ids); by default that is a new one on the CPU
-        with a random seed, never PyTorch's global one.
+        generator's device; by default that is a new one on the CPU (mps's multinomial has returned
+        ids outside the vocabulary) with a random seed, never PyTorch's global one.
         Raises InputError at once for values that make no sense.
         """
         check_sampling(max_new_tokens, temperature, top_k, top_p)
@@ -234,7 +248,8 @@ class GPT(nn.Module):
         stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         try:
             for _ in range(max_new_tokens):
-                if cache.length + unseen.shape[1] > block_size:  # cached keys know their places
+                if cache.length + unseen.shape[1] > block_size:
+                    # cached keys have their positions in them: a moved window is computed anew
                     cache.length, half = 0, max(1, block_size // 2)
                     window = unseen = window[:, -half:]
                 logits = self.next_logits(unseen, cache)  # (B, V)
@@ -261,22 +276,36 @@ def dropout(x, p, training):
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     # On a CPU PyTorch draws a mask number by number. NumPy draws 64 bits at a time, taken here as
-    # four 16-bit numbers: a fifth of the time, and p is still met to 1 part in 65,536.
+    # four 16-bit numbers below or above a cut: a fifth of the time, and p is met to 1 in 65,536.
     generator = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
     words = generator.integers(0, 2**64, x.numel() // 4 + 1, dtype=np.uint64)
     numbers = torch.from_numpy(words.view(np.int16))[: x.numel()].view(x.shape)  # -32768 to 32767
-    cut = round(p * 65536)
+    cut = min(round(p * 65536), 65535)
     keep = torch.ge(numbers, cut - 32768, out=torch.empty_like(x))  # 0 or 1, in the dtype of x
     return x * keep.mul_(65536 / (65536 - cut))
 
 
+class TiedEmbedding(torch.autograd.Function):
+    """The rows of weight (V, C) for idx (B, T), (B, T, C), and weight again, for the output layer.
+
+    Its gradient is that of the output layer, (V, C), with that of the rows added in place. Two uses
+    that autograd knows nothing about would cost a second one, of 154 MB of zeros and few rows: a
+    fortieth of a float32 step on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, idx):
+        ctx.save_for_backward(idx)
+        return F.embedding(idx, weight), weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, dx, dweight):
+        idx, = ctx.saved_tensors
+        return dweight.index_add_(0, idx.flatten(), dx.flatten(0, 1)), None
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """F.cross_entropy(x @ weight.T, targets), but without keeping the logits of all tokens.
-
-    Cross-entropy is minus the log of the probability that the model gave to the right token: one of
-    7.4541e-05 costs 9.5042 nats (a nat is the unit of ln). Among n equally likely tokens each costs
-    ln n, so the exponential of the mean, perplexity, is that n: a mean of 10.79395 nats is to be as
-    unsure as among 48,725 tokens.
 
     Logits are the largest tensor of all, 1.6 GB for 8 x 1,024 tokens, and so is their gradient.
     Here those of ROWS tokens exist at a time, and become their own gradient in place.
@@ -285,11 +314,11 @@ class LinearCrossEntropy(torch.autograd.Function):
     ROWS = 2048
 
     @staticmethod
-    def forward(ctx, x, weight, targets, with_gradients):
+    def forward(ctx, x, weight, targets):
         """x (n, C), weight (V, C), targets (n,) int64 -> loss (), float32, in nats."""
-        kind = x.device.type
+        kind = x.device.type  # autocast does not reach in here: its dtype is taken by hand
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        w, dx, dw = weight.to(dtype), torch.empty_like(x), None
+        w, dx, dw = weight.to(dtype), torch.empty_like(x), None  # (V, C), (n, C), then (V, C)
         loss = torch.zeros((), device=x.device)
         for start in range(0, len(x), LinearCrossEntropy.ROWS):
             rows = slice(start, start + LinearCrossEntropy.ROWS)
@@ -299,14 +328,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             chosen = logits.gather(1, tr)  # (rows, 1)
             total = logits.exp_().sum(dim=1, keepdim=True)  # (rows, 1)
             loss += (total.log() - chosen).sum()
-            if with_gradients:
+            if ctx.needs_input_grad[0]:  # not while evaluating
                 logits /= total  # now the probabilities
-                logits.scatter_add_(1, tr, torch.full_like(total, -1.0))  # and now the gradient
+                # and now the gradient: the probabilities, less 1 at the right token
+                logits.scatter_add_(1, tr, torch.full_like(total, -1.0))
                 dlogits = logits.to(dtype)  # (rows, V)
-                dx[rows] = dlogits @ w
+                dx[rows] = dlogits @ w  # (rows, C)
                 part = dlogits.T @ xr  # (V, C)
                 dw = part if dw is None else dw.float() + part  # summed in float32
-        if with_gradients:
+        if ctx.needs_input_grad[0]:
             ctx.save_for_backward(dx, dw)
         return loss / len(x)
 
@@ -314,12 +344,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, scale):
         dx, dw = ctx.saved_tensors
         scale = scale / len(dx)  # not earlier: float16 would lose what is so small
-        return dx.mul_(scale), dw.float().mul_(scale), None, None
+        return dx.mul_(scale), dw.float().mul_(scale), None
 
 
 def empty_embedding(rows, columns):
-    """nn.Embedding, but for its own random numbers: GPT draws them, or has them from a file. (To
-    draw on the meta device would cost load_checkpoint seconds of PyTorch's imports.)"""
+    """nn.Embedding without numbers, since GPT draws them, or has them from a file (for which
+    nn.Embedding's own drawing would import seconds' worth of PyTorch)."""
     return nn.Embedding.from_pretrained(torch.empty(rows, columns), freeze=False)
 
 
@@ -340,20 +370,21 @@ def check_sampling(max_new_tokens, temperature, top_k, top_p):
 def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draws one token from each row of logits: (B, V) -> (B,) int64.
 
-    temperature divides the logits: below 1 the likely tokens become likelier, above 1 less so, and
-    0 always takes the likeliest (greedy). top_k leaves the k likeliest; None or 0 all. top_p leaves
-    the fewest of those whose probabilities together reach p; None or 1 all.
+    temperature divides the logits: below 1 the likely tokens become likelier, above 1 all become
+    more alike, and 0 always takes the likeliest (greedy). top_k leaves the k likeliest; None or 0
+    all. top_p leaves the fewest of those, from the likeliest on, whose probabilities together reach
+    p; None or 1 all.
     """
-    if temperature < 1e-6:  # divided by less, all but the likeliest are impossible
+    if not logits.amax().isfinite():
+        raise InputError("the model's logits are not finite: its weights must be damaged; use an "
+                         "earlier checkpoint, such as best.pt")
+    if temperature < 1e-6:  # the limit: nothing but the likeliest is possible
         return logits.argmax(dim=-1)
     k = min(top_k or logits.shape[-1], logits.shape[-1])
     logits, ids = logits.float().topk(k)  # (B, k), the largest first; ties or not, exactly k
-    probs = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)  # (B, k)
+    probs = (logits / temperature).softmax(dim=-1)  # (B, k)
     if top_p is not None and top_p < 1:  # a token goes if those before it reach p already
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)
-    if not probs.isfinite().all():
-        raise InputError("the model's logits are not finite: its weights must be damaged; use an "
-                         "earlier checkpoint, such as best.pt")
     # multinomial needs no sum of 1, and over k candidates costs far less than over V
     device = generator.device if generator else probs.device
     drawn = torch.multinomial(probs.to(device), 1, generator=generator)  # (B, 1)
@@ -362,36 +393,38 @@ def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 @torch.inference_mode()
 def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
-    """The continuation of idx (1, T) with the highest mean log-probability found -> (T_new,) int64.
+    """The continuation of idx (1, T) with the highest mean log-probability found -> int64, of at
+    most max_new_tokens.
 
     Where sampling draws, this keeps the num_beams likeliest sequences at every step. One that ends
     with stop_token is set aside; the best of those and of the living is the answer.
     """
-    if idx.shape[1] + max_new_tokens > model.config.block_size or num_beams < 1:
-        raise InputError(f"num_beams={num_beams}, {idx.shape[1]} + {max_new_tokens} tokens: beam "
-                         "search needs a beam, and all tokens in one window, of "
-                         f"{model.config.block_size}")
+    if idx.shape[1] + max_new_tokens > model.config.block_size:
+        raise InputError(f"{idx.shape[1]} + {max_new_tokens} tokens: beam search needs them all in "
+                         f"one window, of {model.config.block_size}")
+    model.eval()  # no dropout
     cache = KVCache(model.config, num_beams, idx.device, model.wte.weight.dtype)
-    unseen, beams = idx.expand(num_beams, -1), idx.new_empty(num_beams, 0)  # (N, T), (N, T_new)
-    scores = torch.full((num_beams, 1), -math.inf, device=idx.device)  # (N, 1), log-probabilities
+    unseen, beams = idx.expand(num_beams, -1), idx.new_empty(num_beams, 0)  # (N, T), (N, length)
+    scores = torch.full((num_beams,), -math.inf, device=idx.device)  # (N,), log-probabilities
     scores[0] = 0  # the beams are still equal: all but the first count as impossible
     best, best_mean = beams[0], -math.inf
     for length in range(1, max_new_tokens + 1):
         logits = model.next_logits(unseen, cache)  # (N, V)
-        totals = scores + logits.float().log_softmax(dim=-1)  # (N, V)
+        totals = scores[:, None] + logits.float().log_softmax(dim=-1)  # (N, V)
         if stop_token is not None:
-            ended, row = totals[:, stop_token].max(dim=0)
-            if ended / length > best_mean:
-                best_mean = ended / length
+            score, row = totals[:, stop_token].max(dim=0)  # (), (): of the likeliest to end here
+            if score / length > best_mean:
+                best_mean = score / length
                 best = torch.cat((beams[row], idx.new_tensor([stop_token])))
             totals[:, stop_token] = -math.inf
         scores, places = totals.flatten().topk(num_beams)  # both (N,)
         rows, unseen = places // totals.shape[1], places[:, None] % totals.shape[1]  # (N,), (N, 1)
         cache.reorder(rows)
-        scores, beams = scores[:, None], torch.cat((beams[rows], unseen), dim=1)
-        if best_mean >= scores[0] / max_new_tokens:  # none of the living can get better than that
+        beams = torch.cat((beams[rows], unseen), dim=1)
+        # A score only falls, and its mean is over max_new_tokens at most: the living cannot win.
+        if best_mean >= scores[0] / max_new_tokens:
             return best
-    return beams[0] if max_new_tokens and scores[0] / max_new_tokens > best_mean else best
+    return beams[0]
 
 
 # ---- Tokens --------------------------------------------------------------------------------------
@@ -404,7 +437,7 @@ def byte_spelling():
     """{byte: the character that stands for it in vocab.bpe}, in the order of the bytes' token ids.
 
     The file avoids what cannot be seen: 188 printable bytes stand for themselves and come first,
-    the other 68 are spelled with the characters from 256 on, so that a space is chr(288).
+    the other 68 are spelled with the characters from 256 on: a space is chr(288), which is \u0120.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -416,16 +449,17 @@ def get_tokenizer():
     """GPT-2's byte-pair encoding as a tiktoken.Encoding, made from data/vocab.bpe: no download.
 
     The first 256 tokens are the single bytes. Each line of the file joins two tokens into a new
-    one, the pair found most often first: a line's place is the new token's id, and text is encoded
-    by joining, again and again, the pair with the lowest id.
+    one, the pair found most often first, and these are the tokens from 256 on. Text is encoded by
+    joining, again and again, the pair whose joint token has the lowest id.
     """
     byte_of = {character: bytes([byte]) for byte, character in byte_spelling().items()}
     ranks = {byte: i for i, byte in enumerate(byte_of.values())}
     with open(VOCAB_PATH, encoding="utf-8") as file:
         for line in file.read().splitlines()[1:]:  # the first line is a version
             ranks[b"".join(byte_of[c] for c in line if c != " ")] = len(ranks)
-    # Nothing is joined across contractions, words, numbers, other signs (each with a space before
-    # it) and white space. GPT-2's expression, in the form that tiktoken runs fastest.
+    # Before that, text is cut into contractions, words, numbers, runs of other signs (these three
+    # with the space before them) and white space: no token reaches from one into the next. GPT-2's
+    # expression, in the form that tiktoken runs fastest.
     pieces = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
               r"|\s++$|\s+(?!\S)|\s")
     return tiktoken.Encoding("gpt2", pat_str=pieces, mergeable_ranks=ranks,
@@ -448,7 +482,7 @@ def save_checkpoint(path, model, **training_state):
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper prefixes every name
     state = {"config": asdict(model.config), "model": model.state_dict(), **training_state}
     try:
-        torch.save(state, path + ".tmp")  # a file object would get a copy of each tensor
+        torch.save(state, path + ".tmp")  # to a path, since an open file would get copies
         with open(path + ".tmp", "r+b") as file:
             os.fsync(file.fileno())
         os.replace(path + ".tmp", path)
@@ -465,29 +499,27 @@ def load_checkpoint(path, verify=False):
     Nothing in the file is ever executed. verify reads all of it and compares its checksums. Raises
     InputError for a file that is missing, damaged, not a checkpoint or at odds with its own config.
     """
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is {what_is(path)}, not a checkpoint; use another, such as "
-                         "best.pt or an older run's")
     try:
         if verify and (broken := zipfile.ZipFile(path).testzip()):
             raise zipfile.BadZipFile(f"wrong checksum in {broken}")
         state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        with torch.device("meta"):  # shapes alone: no memory, and no numbers drawn
+            model = GPT(GPTConfig(**state.pop("config")))
+        weights = state.pop("model").items()
+        model.load_state_dict({k.removeprefix("_orig_mod."): w for k, w in weights}, assign=True)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} is refused: it holds more than tensors and plain types, and "
                          "reading that could run code") from error
-    except (RuntimeError, zipfile.BadZipFile, EOFError, OSError) as error:
-        raise InputError(f"{path} is damaged ({str(error).splitlines()[0]}); use another, such as "
+    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, ValueError, TypeError, KeyError,
+            AttributeError) as error:
+        raise InputError(f"{path} is {what_is(path)} ({one_line(error)}); use another, such as "
                          "best.pt or an older run's") from error
-    if (not isinstance(state, dict)
-            or not all(isinstance(state.get(name), dict) for name in ("config", "model"))
-            or state["config"].keys() != asdict(GPTConfig()).keys()):
-        raise InputError(f"{path} is not a checkpoint of this project: no config and model in it")
-    weights = {name.removeprefix("_orig_mod."): w for name, w in state.pop("model").items()}
-    with torch.device("meta"):  # shapes alone: no memory, and no numbers drawn
-        model = GPT(GPTConfig(**state.pop("config")))
-    check_names(path, model, weights)
-    model.load_state_dict(weights, assign=True)
     return model, state
+
+
+def one_line(error):
+    """An error's whole message in one line, but for the trace that C++ errors come with."""
+    return " ".join(f"{error}".partition("\nException raised from")[0].split())
 
 
 def what_is(path):
@@ -497,8 +529,7 @@ def what_is(path):
     with open(path, "rb") as file:
         head = file.read(99).lstrip()
     return ("empty" if not head else "a web page (a download's error message?)"
-            if head.startswith(b"<") else
-            "cut short" if head.startswith(b"PK") else "something else")
+            if head.startswith(b"<") else "damaged or something else")
 
 
 def check_vocabulary(path, model):
@@ -508,19 +539,10 @@ def check_vocabulary(path, model):
                          "GPT-2's tokenizer has 50257")
 
 
-def check_names(path, model, weights):
-    """Raises InputError with all that is missing, left over or of another shape in weights."""
-    wanted, given = ({name: tuple(w.shape) for name, w in tensors.items()}
-                     for tensors in (model.state_dict(), weights))
-    wrong = [f"{name} is missing" for name in wanted.keys() - given.keys()]
-    wrong += [f"{name} is left over" for name in given.keys() - wanted.keys()]
-    wrong += [f"{name} is {given[name]}, not {wanted[name]}"
-              for name in wanted.keys() & given.keys() if given[name] != wanted[name]]
-    if wrong:
-        raise InputError(f"{path}: weights that do not fit the config: {'; '.join(sorted(wrong))}")
-
-
 # ---- What the scripts share ----------------------------------------------------------------------
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
@@ -542,8 +564,9 @@ def command_line(description):
         if issubclass(kind, KeyboardInterrupt):
             message, status = "interrupted", 130
         elif issubclass(kind, torch.OutOfMemoryError) or "can't allocate memory" in message:
-            message = ("out of memory: lower --batch_size (and raise --gradient_accumulation_steps "
-                       f"as much), --block_size or the model's size ({message.splitlines()[0]})")
+            message = ("out of memory: train.py needs less with a lower --batch_size (and as much "
+                       "more --gradient_accumulation_steps), --block_size or model, sample.py with "
+                       f"a lower --num_samples ({message.splitlines()[0]})")
         elif not issubclass(kind, (InputError, OSError)):
             return sys.__excepthook__(kind, error, trace)
         print(f"{parser.prog}: error: {message}", file=sys.stderr)
@@ -555,21 +578,33 @@ def command_line(description):
     return parser
 
 
+def number(kind, low, below=math.inf):
+    """A type for argparse: an int or float from low to below the bound, which nan never is."""
+    def parse(text):
+        if not low <= (value := kind(text)) < below:
+            bound = "" if below == math.inf else f" and below {below}"
+            raise argparse.ArgumentTypeError(f"{text}: at least {low}{bound} is needed")
+        return value
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
 def choose_device(device, dtype):
     """--device and --dtype -> (torch.device, torch.dtype). Raises InputError for what is not there.
 
     auto is cuda, then mps, then cpu; and bfloat16 where the hardware computes it: half the bytes of
-    float32 with the same range, keeping 8 of its 24 bits. GPUs that lack it have float16, finer but
-    without small numbers: gradients survive in it only if the loss is scaled up.
+    float32 and the same range, with 8 bits of precision (two to three decimal digits) instead of
+    24. GPUs that lack it have float16: 11 bits, but below 6e-8 all is 0, so small gradients vanish
+    unless the loss is scaled up.
     """
-    has_mps = torch.backends.mps.is_available()
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    kind, _, number = device.partition(":")
-    there = {"cpu": True, "mps": has_mps, "cuda":
-             int(number or 0) < torch.cuda.device_count() if (number or "0").isdigit() else False}
-    if not there.get(kind):
-        raise InputError(f"--device={device}: not here; --device=auto takes the best there is")
+        device = ("cuda" if torch.cuda.is_available() else
+                  "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        kind = torch.zeros(1, device=device).device.type
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device={device} does not work here ({str(error).splitlines()[0]}); "
+                         "--device=auto takes the best there is") from error
     if kind == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # an older PyTorch cannot tell, and gets float32
@@ -577,8 +612,7 @@ def choose_device(device, dtype):
         native = kind == "cpu" and (able.get("amx_bf16") or able.get("avx512_bf16"))
     if dtype == "auto":
         dtype = "bfloat16" if native else "float16" if kind == "cuda" else "float32"
-    possible = {"float32": True, "bfloat16": native or kind != "cuda", "float16": kind == "cuda"}
-    if not possible.get(dtype):
+    if dtype == ("float16" if kind != "cuda" else "" if native else "bfloat16"):
         raise InputError(f"--dtype={dtype}: {device} does not compute in it; --dtype=auto takes "
                          "the best it has")
     return torch.device(device), getattr(torch, dtype)

@@ -8,7 +8,6 @@ The first two write a checkpoint, models/gpt2-124M.pt or models/FOLDER.pt, for s
 train.py --init_from. The format of OpenAI's files is TensorFlow's, described in its sources
 tensorflow/core/lib/io/table_format.txt and tensorflow/core/protobuf/tensor_bundle.proto.
 """
-import functools
 import http.client
 import json
 import math
@@ -23,9 +22,9 @@ import urllib.request
 import numpy as np
 import torch
 
-from gpt import (GPT, VOCAB_PATH, GPTConfig, InputError, byte_spelling, check_names,
-                 check_vocabulary, command_line, get_tokenizer, load_checkpoint, save_checkpoint,
-                 what_is)
+from gpt import (END_OF_TEXT, GPT, VOCAB_PATH, GPTConfig, InputError, byte_spelling,
+                 check_vocabulary, command_line, get_tokenizer, load_checkpoint, one_line,
+                 save_checkpoint, what_is)
 
 SIZES = {"124M": "124M", "355M": "355M", "774M": "774M", "1558M": "1558M", "gpt2": "124M",
          "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
@@ -34,7 +33,7 @@ SOURCES = ("https://openaipublic.blob.core.windows.net/gpt-2/models",
 FILES = ("hparams.json", "model.ckpt.index", "model.ckpt.data-00000-of-00001")
 
 
-# ---- One table of names ------------------------------------------------------------------------
+# ---- One table of names --------------------------------------------------------------------------
 
 def table_of_names(n_layer):
     """[(our name, OpenAI's, whether they store it as [in, out])]; Hugging Face's name is ours.
@@ -53,7 +52,7 @@ def table_of_names(n_layer):
     return names
 
 
-# ---- OpenAI's files: from bytes to arrays ------------------------------------------------------
+# ---- OpenAI's files: from bytes to arrays --------------------------------------------------------
 
 def read_varint(data, at):
     """A whole number, 7 bits a byte, lowest first; a set top bit says more follow. -> it, next."""
@@ -72,7 +71,7 @@ def read_block(data, offset, size):
     length, the added bytes, the value. Restart points follow, 4 bytes each, and their number.
     """
     if data[offset + size] != 0:  # the byte after a block names its compression
-        raise InputError("a block is compressed, which OpenAI's are not")
+        raise ValueError("a block is compressed, which OpenAI's are not")
     restarts = int.from_bytes(data[offset + size - 4 : offset + size], "little")
     at, end, key = offset, offset + size - 4 * (restarts + 1), b""
     while at < end:
@@ -85,13 +84,17 @@ def read_block(data, offset, size):
 
 
 def read_message(data):
-    """Yields the (field number, value) pairs of a protocol buffer: values int or bytes."""
+    """Yields the (field number, value) pairs of a protocol buffer: values int or bytes.
+
+    A number, field * 8 + type, stands before each value: type 0 is a varint, 1 takes 8 bytes, 5
+    takes 4, and 2 begins with its length.
+    """
     at = 0
     while at < len(data):
         tag, at = read_varint(data, at)
         if tag & 7 == 0:
             value, at = read_varint(data, at)
-        else:  # its length stands before it, or is 8 or 4 bytes
+        else:
             length, at = read_varint(data, at) if tag & 7 == 2 else ({1: 8, 5: 4}[tag & 7], at)
             value, at = data[at : at + length], at + length
         yield tag >> 3, value
@@ -119,10 +122,11 @@ def read_index(path):
             offset, at = read_varint(handle, 0)
             entries += read_block(data, offset, read_varint(handle, at)[0])
         # Fields of the header: 1 number of shards, 2 endianness; of an entry: 1 dtype (1 is
-        # float32, 19 float16), 2 shape, 3 shard, 4 offset, 5 size. What is 0 is left out.
+        # float32, 19 float16), 2 shape (whose field 2, once for each dimension, holds the size in
+        # its field 1), 3 shard, 4 offset, 5 size. What is 0 is left out.
         header = dict(read_message(dict(entries)[b""]))
         if header.get(2):
-            raise InputError("it was written by a big-endian machine")
+            raise ValueError("it was written by a big-endian machine")
         variables = {}
         for key, value in entries:
             if key == b"":
@@ -134,11 +138,10 @@ def read_index(path):
             shard = f"data-{entry.get(3, 0):05d}-of-{header.get(1, 0):05d}"
             data_path = path.removesuffix("index") + shard
             if dtype and entry.get(5, 0) != math.prod(shape) * np.dtype(dtype).itemsize:
-                raise InputError(f"the size of {key.decode()} does not fit its shape {shape}")
+                raise ValueError(f"the size of {key.decode()} does not fit its shape {shape}")
             variables[key.decode()] = dtype, shape, data_path, entry.get(4, 0), entry.get(5, 0)
     except (IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: {error if isinstance(error, InputError) else 'damaged'}; "
-                         "get the file again") from error
+        raise InputError(f"{path} is damaged ({error}): get it again") from error
     ends = {}
     for _, _, data_path, offset, size in variables.values():
         ends[data_path] = max(ends.get(data_path, 0), offset + size)
@@ -160,8 +163,8 @@ def read_json(path):
         raise InputError(f"{path} is {what_is(path)}, not the JSON file: get it again") from error
 
 
-def open_openai(folder):
-    """-> GPTConfig, {our name: (shape as stored, function that reads the tensor)}."""
+def read_openai(folder):
+    """-> GPTConfig, {our name: tensor as stored}."""
     path = os.path.join(folder, "hparams.json")
     hparams = read_json(path)
     try:
@@ -171,16 +174,16 @@ def open_openai(folder):
         raise InputError(f"{path} lacks {error}: get the file again") from error
     path = os.path.join(folder, "model.ckpt.index")
     ours = {openai: our for our, openai, _ in table_of_names(config.n_layer)}
-    stored = {}
+    weights = {}
     for name, (dtype, shape, *place) in read_index(path).items():
         name = name.removeprefix("model/")
         if name not in ours and not re.fullmatch(r"h\d+/.*/[gbw]|ln_f/[gbw]|w[tp]e", name):
-            continue  # the training's own: Adam's averages, global_step
+            continue  # the training's own: Adam's averages, global_step; but not a layer too many
         if name in ours and dtype is None:
             raise InputError(f"{path}: {name} is neither float32 nor float16")
         shape = shape[1:] if len(shape) == 3 else shape  # w is kept as [1, in, out]
-        stored[ours.get(name, name)] = shape, functools.partial(read_array, dtype, shape, *place)
-    return config, stored
+        weights[ours.get(name, name)] = read_array(dtype, shape, *place)
+    return config, weights
 
 
 def read_array(dtype, shape, path, offset, size):
@@ -190,11 +193,12 @@ def read_array(dtype, shape, path, offset, size):
     return torch.from_numpy(array.reshape(shape))
 
 
-# ---- Hugging Face's files ----------------------------------------------------------------------
+# ---- Hugging Face's files ------------------------------------------------------------------------
 
-def open_hugging_face(path):
-    """A folder, or one .safetensors file in one -> as open_openai."""
-    from safetensors import SafetensorError, safe_open
+def read_hugging_face(path):
+    """A folder, or one .safetensors file in one -> as read_openai."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     index = os.path.join(path, "model.safetensors.index.json")
@@ -205,19 +209,15 @@ def open_hugging_face(path):
         files = [os.path.join(folder, name) for name in sorted(set(names))]
     else:
         files = [os.path.join(folder, "model.safetensors")]
-    stored = {}
+    weights = {}
     for file in files:
         try:
-            tensors = safe_open(file, "pt")
-            for name in tensors.keys():
-                # the head is wte again; older files hold attention's masks
-                if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
-                    continue
-                stored[name.removeprefix("transformer.")] = (
-                    tuple(tensors.get_slice(name).get_shape()),
-                    functools.partial(tensors.get_tensor, name))
+            weights |= load_file(file)
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} is missing or damaged ({error}): get it again") from error
+            raise InputError(f"{file} is {what_is(file)} ({error}): get it again") from error
+    # The output layer is wte again, and older files hold attention's masks.
+    weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()
+               if not name.endswith(("lm_head.weight", ".attn.bias", ".attn.masked_bias"))}
 
     path = os.path.join(folder, "config.json")
     if not os.path.exists(path):
@@ -233,37 +233,34 @@ def open_hugging_face(path):
             raise InputError(f"{path}: {name} is {hf[name]!r}, which is not GPT-2's "
                              f"{allowed[-1]!r}; these weights would give other numbers here")
     return GPTConfig(hf.get("vocab_size", 50257), hf.get("n_positions", 1024),
-                     hf.get("n_layer", 12), hf.get("n_head", 12), n_embd), stored
+                     hf.get("n_layer", 12), hf.get("n_head", 12), n_embd), weights
 
 
-# ---- In ----------------------------------------------------------------------------------------
+# ---- In ------------------------------------------------------------------------------------------
 
-@torch.no_grad()
 def load_gpt2(path):
     """A folder of OpenAI's or Hugging Face's files, or a .safetensors file -> GPT, float32, CPU.
 
-    One tensor is read at a time, so memory stays near the weights' own size. Raises InputError,
-    naming the file, for what is missing, damaged, of another shape, or not GPT-2.
+    Memory stays near the weights' own size. Raises InputError, naming the file, for what is
+    missing, damaged, of another shape, or not GPT-2.
     """
     if os.path.exists(os.path.join(path, "hparams.json")):
-        config, stored = open_openai(path)
+        config, weights = read_openai(path)
     elif os.path.exists(os.path.join(path, "config.json")) or path.endswith(".safetensors"):
-        config, stored = open_hugging_face(path)
+        config, weights = read_hugging_face(path)
     else:
         raise InputError(f"{path} is neither one of {', '.join(SIZES)}, nor a folder with OpenAI's "
                          "hparams.json or Hugging Face's config.json, nor a .safetensors file")
+    for our, _, transposed in table_of_names(config.n_layer):
+        if our in weights:  # in its place, so that no two copies of all exist
+            weight = weights[our].float()
+            weights[our] = (weight.transpose(0, -1) if transposed else weight).contiguous()
     with torch.device("meta"):
         model = GPT(config)
-    table = table_of_names(config.n_layer)
-    transposed = {our for our, _, is_transposed in table if is_transposed}
-    shapes = {our: torch.empty(shape[::-1] if our in transposed else shape, device="meta")
-              for our, (shape, _) in stored.items()}
-    check_names(path, model, shapes)
-    model.to_empty(device="cpu")
-    for our, parameter in model.named_parameters():
-        _, read = stored.pop(our)  # each exactly once
-        tensor = read()
-        parameter.copy_(tensor.T if our in transposed else tensor)
+    try:
+        model.load_state_dict(weights, assign=True)  # each exactly once, and in its shape
+    except RuntimeError as error:
+        raise InputError(f"{path}: {one_line(error)}") from error
     return model
 
 
@@ -272,7 +269,7 @@ def download(size, folder):
     os.makedirs(folder, exist_ok=True)
     for name in FILES:
         target, failures = os.path.join(folder, name), []
-        for source in SOURCES if not os.path.exists(target) else ():
+        for source in () if os.path.exists(target) else SOURCES:
             try:
                 fetch(f"{source}/{size}/{name}", target)
                 break
@@ -291,10 +288,9 @@ def fetch(url, target):
     try:
         response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: nothing lies beyond what we have, so that is wrong
-            raise
-        os.remove(part)
-        return fetch(url, target)
+        if error.code == 416:  # nothing lies beyond what we have, so that is wrong
+            os.remove(part)
+        raise
     with response:
         length, kind = (response.headers.get(f"Content-{name}") for name in ("Length", "Type"))
         if not length or "html" in (kind or ""):
@@ -316,7 +312,7 @@ def fetch(url, target):
     os.replace(part, target)
 
 
-# ---- Out ---------------------------------------------------------------------------------------
+# ---- Out -----------------------------------------------------------------------------------------
 
 def export(path, folder):
     """Writes the checkpoint at path as a folder that transformers, vLLM or llama.cpp open."""
@@ -329,17 +325,17 @@ def export(path, folder):
     for our, _, transposed in table_of_names(config.n_layer):
         if our in weights:
             weight = weights.pop(our)
-        else:  # bias=False: theirs always has one
+        else:  # bias=False: theirs always has one, as long as the weight has outputs
             weight = torch.zeros(tensors["transformer." + our.replace("bias", "weight")].shape[-1])
         tensors["transformer." + our] = (weight.T if transposed else weight).contiguous()
     os.makedirs(folder, exist_ok=True)
     save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
-    special = {"bos_token_id": 50256, "eos_token_id": 50256}
+    special = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
     tokens = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>",
               "unk_token": "<|endoftext|>"}
     tokenizer, spelling = get_tokenizer(), byte_spelling()
     vocabulary = {"".join(spelling[b] for b in tokenizer.decode_single_token_bytes(i)): i
-                  for i in range(50256)} | {"<|endoftext|>": 50256}
+                  for i in range(END_OF_TEXT)} | {"<|endoftext|>": END_OF_TEXT}
     for name, content in {
         "config.json": {
             "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",

@@ -656,11 +656,15 @@ def test_damaged_and_hostile_checkpoints_are_refused(tmp_path, monkeypatch):
                           "pickle.pt": pickle.dumps(Evil()), "flipped.pt": bytes(flipped)}.items():
         with open(name, "wb") as file:
             file.write(content)
-    for name, words in {"missing.pt": "missing", "empty.pt": "empty", "half.pt": "cut short",
+    torch.save(state | {"config": {"n_embd": "x"}}, "odd.pt")
+    torch.save(state | {"model": [1, 2]}, "list.pt")
+    torch.save([1, 2], "nothing.pt")
+    for name, words in {"missing.pt": "missing", "empty.pt": "empty", "half.pt": "damaged",
                         "page.pt": "web page", "text.pt": "something else", "evil.pt": "refused",
-                        "pickle.pt": "not a checkpoint", "other.pt": "no config",
-                        "flipped.pt": "damaged",
-                        "few.pt": r"wpe.weight is missing.*wte.weight is \(2, 2\)"}.items():
+                        "pickle.pt": "something else", "other.pt": "'config'",
+                        "odd.pt": "n_embd='x'", "list.pt": "something else",
+                        "nothing.pt": "something else", "flipped.pt": "wrong checksum",
+                        "few.pt": r'Missing.*"wpe.weight".*mismatch for wte.weight'}.items():
         with pytest.raises(InputError, match=words) as caught:
             gpt.load_checkpoint(name, verify=True)
         assert name in str(caught.value) and "\n" not in str(caught.value)
@@ -699,7 +703,7 @@ def faults(folder):
         (["--init_from=small.pt", "--n_layer=2"], "n_layer=2.* has 1"),
         (["--init_from=small.pt", "--block_size=32"], "32.*16"),
         (["--resume", "--out_dir=weights"], "--init_from"), (["--resume"], "no out.ckpt.pt"),
-        (["--out_dir=latin.txt/x"], "written"))
+        (["--out_dir=latin.txt/x"], "latin.txt.x"))
 
 
 def test_faults_get_one_line_and_lose_nothing(tmp_path, monkeypatch):
@@ -708,7 +712,7 @@ def test_faults_get_one_line_and_lose_nothing(tmp_path, monkeypatch):
         defaults = [flag for flag in SMALL if flag.split("=")[0] not in " ".join(flags)]
         if any("init_from" in flag or "resume" in flag for flag in flags):
             defaults = []
-        with pytest.raises(InputError, match=words) as caught:
+        with pytest.raises((InputError, OSError), match=words) as caught:
             main("train.py", *(flags if "--block_size=12$" in words else [*defaults, *flags]))
         assert "\n" not in str(caught.value), flags
         assert not os.path.exists("out/ckpt.pt"), flags
@@ -831,15 +835,15 @@ def test_damaged_openai_files_are_refused(tmp_path):
     broken(rewrite(index, lambda b: b""), index, "empty")
     broken(rewrite("hparams.json", lambda b: b"<Error>"), "hparams.json", "web page")
     broken(rewrite("hparams.json", lambda b: b"{}"), "hparams.json", "n_vocab")
-    for changes, words in (({"n_layer": 10}, ("h10/mlp/c_fc/w is left over", "h10/ln_1/g")),
-                           ({"n_layer": 12}, ("h.11.attn.c_attn.weight is missing", "h.11.ln_2")),
-                           ({"n_vocab": 24}, ("wte.weight is (23, 4), not (24, 4)",))):
+    for changes, words in (({"n_layer": 10}, ("Unexpected", '"h10/mlp/c_fc/w"', "h10/ln_1/g")),
+                           ({"n_layer": 12}, ("Missing", '"h.11.attn.c_attn.weight"', "h.11.ln_2")),
+                           ({"n_vocab": 24}, ("wte.weight", "([23, 4])", "([24, 4])"))):
         broken(lambda folder, new=changes: (folder / "hparams.json").write_text(
             json.dumps(hparams | new)), *words)
     # a variable renamed: its name begins the block, so that the next ones share less with it
     broken(rewrite(index, lambda b: b.replace(b"model/h0/attn/c_attn/b", b"model/h0/attn/c_attn/g",
-                                              1)), "h0/attn/c_attn/g is left over",
-           "h.0.attn.c_attn.bias is missing")
+                                              1)),
+           'Missing key(s) in state_dict: "h.0.attn.c_attn.bias"', '"h0/attn/c_attn/g"')
     with open(os.path.join(TF, "one-shard", index), "rb") as file:
         whole = file.read()
     entry = bytes([8, 1, 18, 4, 18, 2, 8, 12])  # float32, shape (12,): h*/attn/c_attn/b
@@ -867,7 +871,7 @@ def test_swapped_shapes_are_all_listed(tmp_path):
     path.write_bytes(data.replace(a, b"?" * 12).replace(b, a).replace(b"?" * 12, b))
     with pytest.raises(InputError) as caught:
         load_gpt2.load_gpt2(str(tmp_path))
-    assert str(caught.value).count(", not (") == 22
+    assert str(caught.value).count("size mismatch") == 22
 
 
 def test_export_and_back(tmp_path):

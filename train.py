@@ -4,11 +4,9 @@
     python train.py --data=my.txt --out_dir=my         your own text
     python train.py --resume                           goes on where it stopped
     torchrun --nproc_per_node=4 train.py ...           one run on four GPUs
-
-To be read after gpt.py. First come the functions, then the script that runs from top to bottom.
 """
+# To be read after gpt.py. First come the functions, then the script, which runs top to bottom.
 import argparse
-import codecs
 import concurrent.futures
 import copy
 import csv
@@ -17,7 +15,6 @@ import datetime
 import functools
 import glob
 import hashlib
-import io
 import itertools
 import math
 import os
@@ -32,28 +29,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from gpt import (END_OF_TEXT, GPT, GPTConfig, InputError, check_vocabulary, choose_device,
-                 command_line, encode, get_tokenizer, load_checkpoint, save_checkpoint)
+from gpt import (DTYPES, END_OF_TEXT, GPT, GPTConfig, InputError, check_vocabulary,
+                 choose_device, command_line, encode, get_tokenizer, load_checkpoint, number,
+                 save_checkpoint)
 
 STORY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "story.txt")
-PIECE = 1 << 20  # bytes of text read at a time
+PIECE = 1 << 20  # characters of text, or tokens of a .bin, read at a time
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
 
-def number(kind, low, below=math.inf):
-    """A type for argparse: an int or float from low to below the bound, which nan never is."""
-    def parse(text):
-        if not low <= (value := kind(text)) < below:
-            bound = "" if below == math.inf else f" and below {below}"
-            raise argparse.ArgumentTypeError(f"{text}: at least {low}{bound} is needed")
-        return value
-    parse.__name__ = "whole number" if kind is int else "number"
-    return parse
-
-
 def flags():
-    """The command line's parser, with nanoGPT's names where it has one."""
+    """The command line's parser; flags that nanoGPT has too are named as there."""
     parser = command_line(__doc__)
     flag, on_off = parser.add_argument, argparse.BooleanOptionalAction
     flag("--data", type=os.path.abspath, default=STORY,
@@ -77,23 +64,25 @@ def flags():
     flag("--warmup_iters", type=number(int, 0), default=30, help="steps of rising rate")
     flag("--lr_decay_iters", type=number(int, 0), help="the step of min_lr; None: max_iters")
     flag("--weight_decay", type=number(float, 0), default=0.1, help="AdamW's pull towards 0")
+    # 150 steps are few: averages over 5 gradients learn more in them than the usual 10 (0.9).
     flag("--beta1", type=number(float, 0, 1), default=0.8, help="AdamW's memory of gradients")
     flag("--beta2", type=number(float, 0, 1), default=0.95, help="and of their squares")
     flag("--grad_clip", type=number(float, 0), default=1.0, help="gradients' length limit; 0: none")
     flag("--eval_interval", type=number(int, 1), default=30, help="steps between evaluations")
-    flag("--eval_iters", type=number(int, 1), default=20, help="steps' worth of text evaluated")
+    flag("--eval_iters", type=number(int, 1), default=20,
+         help="evaluate on as much of each split as this many steps read")
     flag("--log_interval", type=number(int, 1), default=10, help="steps between printed lines")
     flag("--start", default="Every effort moves you", help="the prompt of the samples")
     flag("--seed", type=number(int, 0, 2**63), default=1337, help="of weights, order, dropout")
-    flag("--device", default="auto", help="auto (the first there is of), cuda, mps, cpu")
-    flag("--dtype", default="auto", help="auto, bfloat16, float16, float32")
+    flag("--device", default="auto", help="cuda, mps or cpu; auto: the first that is there")
+    flag("--dtype", default="auto", choices=DTYPES, help="of products; auto: what is fast here")
     flag("--compile", action=on_off, help="use torch.compile; None: on cuda")
     return parser
 
 
 # Flags that --resume may change; any other change would make it another run.
 FREE = ("data", "out_dir", "resume", "overwrite", "eval_only", "max_iters", "device", "compile",
-        "eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps")
+        "eval_interval", "log_interval", "start", "batch_size", "gradient_accumulation_steps")
 
 
 def starting_point(processes):
@@ -102,39 +91,36 @@ def starting_point(processes):
     args = parser.parse_args()
     path, model, state = os.path.join(args.out_dir, "ckpt.pt"), None, {}
     if args.resume:
+        source, hint = path, "; --init_from starts a new run from its weights"
         if not os.path.exists(path):
             raise InputError(f"--resume: there is no {path}; start a run without --resume, or name "
                              "the right --out_dir")
         model, state = load_checkpoint(path, verify=True)
-        if not {"optimizer", "scaler", "step", "log_bytes", "args"} <= state.keys():
+        if not {"optimizer", "scaler", "step", "best_val_loss", "log_bytes", "args"} <= set(state):
             raise InputError(f"--resume: {path} has weights but no optimizer state; start a new "
                              f"run from it with --init_from={path} and another --out_dir")
         saved = state["args"] | {"out_dir": args.out_dir}
-        args = parser.parse_args(namespace=argparse.Namespace(**saved))  # new flags over saved ones
-        for name, value in vars(args).items():
-            if name not in FREE and value != saved.get(name, value):
-                raise InputError(f"--{name}={value}: the run in {args.out_dir} has {saved[name]}, "
-                                 "and would be another one; --init_from starts a new run from it")
     elif args.init_from:
+        source, hint = args.init_from, ""
         model, _ = load_checkpoint(args.init_from)
-        shape = {name: getattr(model.config, name)
-                 for name in ("n_layer", "n_head", "n_embd", "bias")}
-        args = parser.parse_args(namespace=argparse.Namespace(**shape))
-        for name, value in shape.items():
-            if getattr(args, name) != value:
-                raise InputError(f"--{name}={getattr(args, name)}: {args.init_from} has {value}")
-        if args.block_size > model.config.block_size:
-            raise InputError(f"--block_size={args.block_size}: {args.init_from} has positions for "
-                             f"{model.config.block_size} tokens")
+        saved = {k: getattr(model.config, k) for k in ("n_layer", "n_head", "n_embd", "bias")}
     if os.path.exists(path) and not (args.resume or args.overwrite or args.eval_only):
         steps = load_checkpoint(path)[1].get("step", 0)
         raise InputError(f"{args.out_dir} holds a run of {steps} steps: go on with --resume, "
                          "choose another --out_dir, or give --overwrite")
     if model:
-        check_vocabulary(path if args.resume else args.init_from, model)
+        check_vocabulary(source, model)
+        args = parser.parse_args(namespace=argparse.Namespace(**saved))  # new flags over saved ones
+        for name, value in saved.items():
+            if name not in FREE and getattr(args, name) != value:
+                raise InputError(f"--{name}={getattr(args, name)}: {source} has {value}, and that "
+                                 f"cannot change{hint}")
+        if args.block_size > model.config.block_size:
+            raise InputError(f"--block_size={args.block_size}: {source} has positions for "
+                             f"{model.config.block_size} tokens")
     if args.lr_decay_iters is None:
         args.lr_decay_iters = args.max_iters
-    # Kept among the flags, as text_key will be, so that a resumed run is compared with it.
+    # Like text_key later, kept among the flags, so that a resumed run is compared with it.
     windows = args.batch_size * args.gradient_accumulation_steps * processes
     if getattr(args, "windows_per_step", windows) != windows:
         raise InputError(
@@ -147,18 +133,14 @@ def starting_point(processes):
 
 def prepare_folder(folder, n_parameters):
     """Makes the output folder, cleans up after an interrupted save, and checks for room."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"--out_dir={folder} cannot be written to: {error.strerror}") from error
-    for name in ("ckpt.pt.tmp", "best.pt.tmp", "tokens-*.tmp"):
-        for stray in glob.glob(os.path.join(glob.escape(folder), name)):
-            os.remove(stray)
+    os.makedirs(folder, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # can it be written to?
+    for stray in glob.glob(os.path.join(glob.escape(folder), "*.tmp")):
+        os.remove(stray)
     # Bytes a parameter: ckpt.pt 12 (weights and AdamW's two averages) and as many while the next
     # one is written, best.pt 4.
-    there = [os.path.join(folder, name) for name in ("ckpt.pt", "best.pt")]
-    needed = 28 * n_parameters - sum(os.path.getsize(p) for p in there if os.path.exists(p))
+    there = glob.glob(os.path.join(glob.escape(folder), "*.pt"))
+    needed = 28 * n_parameters - sum(map(os.path.getsize, there))
     if (free := shutil.disk_usage(folder).free) < needed:
         raise InputError(f"--out_dir={folder}: checkpoints need {needed / 1e6:,.1f} MB, but "
                          f"{free / 1e6:,.1f} MB are free; make room or choose another")
@@ -182,29 +164,25 @@ def read_text(path):
             # Windows may reach over this border, and attention sees across it: as in GPT-2's own
             # training, the token itself has to teach that what comes before no longer counts.
             yield "<|endoftext|>"
-        decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), True)
-        with open(name, "rb") as file:
+        with open(name, encoding="utf-8-sig") as file:
             try:
                 while piece := file.read(PIECE):
-                    yield decoder.decode(piece)
-                yield decoder.decode(b"", final=True)
+                    yield piece
             except UnicodeDecodeError as error:
-                offset = file.tell() - len(error.object) + error.start
+                offset = file.buffer.tell() - len(error.object) + error.start
                 raise InputError(f"{name}: byte {offset} ({error.object[error.start]:#x}) is not "
                                  "UTF-8; save the file as UTF-8") from error
 
 
 def cut_safely(pieces):
     """Regroups a text's pieces into parts that give the whole text's ids when encoded one by one:
-    each ends before a space or line end, and no token reaches into that from a visible sign."""
+    they are cut between a visible sign and white space, where GPT-2's tokens are cut anyway."""
     text = ""
     for piece in pieces:
         text += piece
-        last = re.search(r"[ \n]\S", text[::-1])  # searched backwards: the first is the last
-        if last and len(text) >= PIECE:
-            cut = len(text) - last.start() - 1
-            yield text[:cut]
-            text = text[cut:]
+        if len(text) >= PIECE and (place := re.search(r"(?s).*\S(?=[ \n])", text)):  # the last one
+            yield text[: place.end()]
+            text = text[place.end() :]
     yield text
 
 
@@ -224,6 +202,7 @@ def tokenize(path, folder, say):
     key = sha.hexdigest()[:16]
     target = os.path.join(folder, f"tokens-{key}.bin")
     if not os.path.exists(target):
+        os.makedirs(folder, exist_ok=True)
         to_ids = functools.partial(get_tokenizer().encode_to_numpy, allowed_special="all")
         parts, done, threads = cut_safely(read_text(path)), 0, os.cpu_count()
         temporary = f"{target}.{os.getpid()}.tmp"
@@ -263,26 +242,19 @@ def shuffled(n_windows, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n_windows)
 
 
-# What a step reads and drops is a pure function of (seed, step, micro-batch): there is nothing to
-# save, and a resumed run meets just what it would have met.
-
 def windows_of(step, micro, args, n_windows):
-    """The numbers of the windows in a step's micro-batch."""
+    """The numbers of the windows in a step's micro-batch, a pure function of seed, step and micro:
+    there is nothing to save, and a resumed run reads what it would have read."""
     first = step * args.windows_per_step + micro * args.batch_size  # so many were read before
     return [int(shuffled(n_windows, args.seed, i // n_windows)[i % n_windows])
             for i in range(first, first + args.batch_size)]
-
-
-def dropout_seed(step, micro, args):
-    """What the random generator is set to before a step's micro-batch."""
-    return int(np.random.SeedSequence((args.seed, step, micro)).generate_state(1, np.uint64)[0])
 
 
 def get_batch(tokens, windows, block_size, device):
     """-> inputs and targets, both (B, T) int64. T tokens give T predictions: place t sees only
     tokens 0 to t, so that the next one is a fair question at every place."""
     rows = np.stack([tokens[w * block_size : (w + 1) * block_size + 1] for w in windows])
-    rows = torch.from_numpy(rows.astype(np.int64))  # (B, T + 1)
+    rows = torch.from_numpy(rows.astype(np.int64))  # (B, T + 1), the last of which is only a target
     if device.type == "cuda":  # from pinned memory the copy runs beside the GPU's work
         rows = rows.pin_memory()
     rows = rows.to(device, non_blocking=True)
@@ -309,14 +281,14 @@ def learning_rate(step, args):
 def evaluate(model, evaluated, args, rank, processes, autocast):
     """The mean loss of each split, in nats; evaluated: [(tokens, n_windows)] of the splits.
 
-    Always the same windows, without dropout and so without drawing a random number: the run is the
-    same however often it is evaluated. Processes share the windows out.
+    Always a split's first windows, without dropout and so without drawing a random number: the run
+    is the same however often it is evaluated.
     """
     device = model.wte.weight.device
     losses = torch.zeros(len(evaluated), dtype=torch.float64)
     model.eval()
     for i, (tokens, n_windows) in enumerate(evaluated):
-        mine = range(n_windows)[rank::processes]
+        mine = range(n_windows)[rank::processes]  # of each process
         for start in range(0, len(mine), args.batch_size):
             windows = mine[start : start + args.batch_size]
             with autocast():
@@ -330,8 +302,8 @@ def evaluate(model, evaluated, args, rank, processes, autocast):
 
 
 def perplexity(loss):
-    """exp(loss); a run that went astray has losses whose exponential is past a float's range."""
-    return math.exp(min(loss, 700))
+    """exp(loss): among how many equally likely tokens one would be as unsure."""
+    return math.exp(min(loss, 700))  # where a run goes astray, exp would be past a float's range
 
 
 def plot(log_path, png_path):
@@ -379,7 +351,6 @@ if __name__ == "__main__":
     say = print if rank == 0 else lambda *_, **__: None
     args, start_model, state = starting_point(processes)
     step, best_val_loss = state.get("step", 0), state.get("best_val_loss", math.inf)
-    log_bytes = state.get("log_bytes", 0)
     if args.resume and step >= args.max_iters and not args.eval_only:
         say(f"nothing to do: {args.out_dir} is at step {step} of --max_iters={args.max_iters}")
         sys.exit()
@@ -387,47 +358,30 @@ if __name__ == "__main__":
         os.path.join(args.out_dir, name) for name in ("ckpt.pt", "best.pt", "log.csv", "loss.png"))
 
     # Device. Products are computed in dtype; weights, and all that is summed up, stay float32.
+    if processes > 1 and args.device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)  # the one that "cuda" now means
     device, dtype = choose_device(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
     if processes > 1:
-        if device.type == "cuda":
-            device, dtype = choose_device(f"cuda:{local_rank}", args.dtype)
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(hours=12))  # a text may be long
     autocast = functools.partial(torch.autocast, device.type, dtype, dtype != torch.float32)
-    if device.type == "cuda":  # TF32: what is float32 is multiplied with 11 of its 24 bits, faster
+    if device.type == "cuda":  # TF32: the factors of float32 products, cut to 11 bits of precision
         torch.set_float32_matmul_precision("high")
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # glibc hands freed buffers above 128 kB back to the system, and each step would fetch them
-        # again by 200,000 page faults. Keeping those up to 32 MB makes a float32 step of 124M 1.2
-        # times as fast.
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+        # glibc hands large freed buffers back to the system, and each step would fetch them again
+        # by 160,000 page faults. Keeping them makes a float32 step of 124M 1.1 times as fast.
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
-    # Model.
-    torch.manual_seed(args.seed)
-    model = GPT(GPTConfig(50257, args.block_size, args.n_layer, args.n_head, args.n_embd,
-                          args.dropout, args.bias))
-    if start_model:
-        weights = start_model.state_dict()
-        weights["wpe.weight"] = weights["wpe.weight"][: args.block_size]  # the first positions
-        model.load_state_dict(weights)
-        start_model = weights = None  # unmapped, since Windows replaces no mapped file
-    model.to(device)
-    parameters = list(model.parameters())
-    n_parameters = sum(p.numel() for p in parameters)
-
     # Data: the first 90% of the tokens to train on, the rest to validate.
-    scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True) if args.eval_only else None
-    for turn in (True, False):  # on each machine one process prepares, then the others read
-        if turn == (local_rank == 0):
-            if turn and not scratch:
-                prepare_folder(args.out_dir, n_parameters)
-            tokens, about, text_key = load_tokens(
-                args.data, scratch.name if scratch else args.out_dir, say)
-        if processes > 1:
-            dist.barrier()
+    scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    if local_rank:  # on each machine the first process tokenizes, then the others find the file
+        dist.barrier()
+    tokens, about, text_key = load_tokens(
+        args.data, scratch.name if args.eval_only else args.out_dir, say)
+    if processes > 1 and not local_rank:
+        dist.barrier()
     if getattr(args, "text_key", text_key) != text_key:
         raise InputError(f"--data={args.data} is not the text that the run in {args.out_dir} read "
                          "so far; --init_from starts a new run from its checkpoint")
@@ -446,10 +400,26 @@ if __name__ == "__main__":
     evaluated = [(split, min(n, args.eval_iters * args.windows_per_step))
                  for split, n in zip(splits, n_windows)]
 
+    # Model.
+    torch.manual_seed(args.seed)
+    model = GPT(GPTConfig(50257, args.block_size, args.n_layer, args.n_head, args.n_embd,
+                          args.dropout, args.bias))
+    if start_model:
+        weights = start_model.state_dict()
+        weights["wpe.weight"] = weights["wpe.weight"][: args.block_size]  # the first positions
+        model.load_state_dict(weights)
+        start_model = weights = None  # unmapped, since Windows replaces no mapped file
+    model.to(device)
+    parameters = list(model.parameters())
+    n_parameters = sum(p.numel() for p in parameters)
+    if rank == 0 and not args.eval_only:
+        prepare_folder(args.out_dir, n_parameters)
+
     # Optimizer. AdamW moves a weight by lr times its averaged gradient over the root of its
-    # averaged squared gradient; the betas say how long the averages last. Decay pulls matrices
-    # towards 0, so that none grows without need. Biases and gains are too few to overfit, and a
-    # LayerNorm's gain pulled to 0 would switch its channel off.
+    # averaged squared gradient; the betas say how long the averages last. Apart from gradients, it
+    # decays matrices and embeddings, by a share lr times weight_decay a step, so that none grows
+    # without need. Biases and gains are too few to overfit, and a LayerNorm's gain pulled to 0
+    # would switch its channel off.
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in parameters if p.dim() >= 2]},
          {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}],
@@ -457,15 +427,16 @@ if __name__ == "__main__":
         fused=True)
     # Below 6e-8 float16 is 0: its gradients are scaled up, lest they vanish, then down for AdamW.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if state:
-        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+    if args.resume:
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # out of the mapped file
         scaler.load_state_dict(state["scaler"])
-        state = None  # unmapped
-    # One set of weights: model computes, ddp exchanges gradients too, trained may be compiled.
-    trained = ddp = torch.nn.parallel.DistributedDataParallel(model) if processes > 1 else model
+    log_bytes, state = state.get("log_bytes", 0), None  # unmapped
+
+    # What is trained is the model with its exchange of gradients, compiled; they share its weights.
+    trained = torch.nn.parallel.DistributedDataParallel(model) if processes > 1 else model
     if args.compile or (args.compile is None and device.type == "cuda"):
         try:  # on a first batch, which trains nothing
-            compiled = torch.compile(ddp)
+            compiled = torch.compile(trained)
             first = get_batch(splits[0], [0] * args.batch_size, args.block_size, device)
             with autocast():
                 compiled(*first)[1].backward()
@@ -484,7 +455,7 @@ if __name__ == "__main__":
         say(f"step {step}: training loss {losses[0]:.4f}, validation loss {losses[1]:.4f}")
         sys.exit()
 
-    # Log: rows of steps after the checkpoint go, since those steps come again.
+    # Log: a new run begins it anew, and rows of steps after the checkpoint go: those come again.
     if rank == 0:
         log_file = open(log_path, "a", encoding="utf-8", newline="")
         log_file.truncate(min(log_bytes, os.path.getsize(log_path)))
@@ -498,35 +469,36 @@ if __name__ == "__main__":
 
     def remember(number, _):
         caught.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, remember)
+    signal.signal(signal.SIGINT, remember)
+    signal.signal(signal.SIGTERM, remember)
 
     def stop_unless_finite(what, *values):
         if not all(map(math.isfinite, values)):
             say(f"train.py: error: {what} not finite, {values}, at step {step}, learning rate "
                 f"{learning_rate(step, args):.2e}, {args.dtype}: stopped, the last good checkpoint "
-                "is kept; a lower --learning_rate may help", file=sys.stderr)
+                "is kept; --init_from starts a new run from it, with a lower --learning_rate",
+                file=sys.stderr)
             sys.exit(1)
 
-    # MFU, model FLOPs utilisation: the share of the GPU's peak that the model's arithmetic takes. A
-    # token costs each weight a multiplication and an addition forward and twice that backward (but
-    # positions are only looked up), and attention's products come on top.
+    # MFU, model FLOPs utilisation: the share of the GPU's bfloat16 peak that the model's arithmetic
+    # takes. A token costs each weight a multiplication and an addition forward and twice that
+    # backward (but positions are only looked up), and attention's products come on top.
     flops_per_token = (6 * (n_parameters - model.wpe.weight.numel())
                        + 12 * args.n_layer * args.n_embd * args.block_size)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((PEAK_FLOPS[name] for name in PEAK_FLOPS if re.search(rf"\b{name}\b", gpu)), None)
 
-    just_resumed = args.resume  # what is due at this step was done before it was saved
+    fresh = not args.resume  # what is due at the step of a checkpoint was done before it was saved
     stop, loss, lr, grad_norm = False, None, None, None  # of the last step
     seconds, timed = 0.0, 0  # what the steps since the last row took, and how many they are
     model.train()
     while True:
         # `step` steps are done. First whatever is due after so many, then the next one.
-        evaluating = not just_resumed and (step % args.eval_interval == 0 or step == args.max_iters)
-        if evaluating or (step % args.log_interval == 0 and not just_resumed):
+        evaluating = fresh and (step % args.eval_interval == 0 or step == args.max_iters)
+        if evaluating or (fresh and step % args.log_interval == 0):
             row = {"iter": step, "tokens": step * tokens_per_step}
             if timed:
                 speed = timed * tokens_per_step / seconds
@@ -544,7 +516,7 @@ if __name__ == "__main__":
                 say(f"step {step}: training loss {losses[0]:.4f} (perplexity "
                     f"{perplexity(losses[0]):,.2f}), validation loss {losses[1]:.4f} (perplexity "
                     f"{perplexity(losses[1]):,.2f})")
-                if step == 0:  # random weights give each token about 1 / 50,257
+                if step == 0:  # random weights prefer some tokens, for no reason: a little worse
                     say(f"(a blind guess costs ln(50257) = {math.log(50257):.4f})")
             if rank == 0:
                 log.writerow(row)
@@ -568,7 +540,7 @@ if __name__ == "__main__":
             say("sample: " + args.start + get_tokenizer().decode(sample).replace("\n", " "))
         if stop or step == args.max_iters:
             break
-        just_resumed = False
+        fresh = True
 
         started = time.perf_counter()
         lr = learning_rate(step, args)
@@ -579,27 +551,30 @@ if __name__ == "__main__":
             micro = i * processes + rank  # its number among all of the step
             windows = windows_of(step, micro, args, n_windows[0])
             inputs, targets = get_batch(splits[0], windows, args.block_size, device)
-            torch.manual_seed(dropout_seed(step, micro, args))
+            # What is dropped depends, like the windows, on seed, step and micro alone.
+            seed, = np.random.SeedSequence((args.seed, step, micro)).generate_state(1, np.uint64)
+            torch.manual_seed(int(seed))
             # Gradients of micro-batches add up here; processes exchange them once, with the last.
-            ddp.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
+            trained.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
             with autocast():
                 _, micro_loss = trained(inputs, targets)
-            micro_loss = micro_loss / args.gradient_accumulation_steps  # to add up to the mean
+            # Each is a mean: divided by their number, they add up to the mean of one large batch.
+            micro_loss = micro_loss / args.gradient_accumulation_steps
             scaler.scale(micro_loss).backward()
             report[0] += micro_loss.detach() / processes
         report[1] += bool(caught)
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        # One odd batch must not throw the weights far: longer gradients are cut to grad_clip, in
+        # the same direction. The norm is the length before.
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)  # ()
         if processes > 1:
             dist.all_reduce(report)
-        # The one wait for the GPU in a step. Gradients are averages by now: all processes see this.
+        # The step's one wait for the GPU (but float16's scaler has its own). Gradients are averages
+        # by now, so that all processes see the same.
         loss, stop, grad_norm = torch.cat((report, norm[None])).tolist()
         # An overflow in float16 is the scaler's business: it leaves the step out and scales less.
-        overflow = scaler.is_enabled() and scaler.get_scale() > 1
-        stop_unless_finite("loss and gradient norm", loss, 0.0 if overflow else grad_norm)
-        # One odd batch must not throw the weights far: same direction, but shorter.
-        if 0 < args.grad_clip < grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, args.grad_clip, norm)
+        may_overflow = scaler.is_enabled() and scaler.get_scale() > 1
+        stop_unless_finite("loss and gradient norm", loss, 0.0 if may_overflow else grad_norm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
