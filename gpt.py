@@ -119,7 +119,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if cache is not None:
+        if cache:
             k, v = cache.append(layer, k, v)  # (B, H, S, D)
         y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
@@ -127,7 +127,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Where each token is worked on by itself: out to 4C channels, a nonlinearity, and back."""
+    """Where each token is worked on by itself: out to 4C channels (that many was GPT-2's choice),
+    a nonlinearity, and back."""
 
     def __init__(self, config):
         super().__init__()
@@ -534,9 +535,9 @@ def what_is(path):
 
 def check_vocabulary(path, model):
     """Raises InputError for a model of other tokens than GPT-2's, which no script can spell."""
-    if model.config.vocab_size != 50257:
+    if model.config.vocab_size != GPTConfig.vocab_size:
         raise InputError(f"{path} has a vocabulary of {model.config.vocab_size} tokens, where "
-                         "GPT-2's tokenizer has 50257")
+                         f"GPT-2's tokenizer has {GPTConfig.vocab_size}")
 
 
 # ---- What the scripts share ----------------------------------------------------------------------
@@ -545,7 +546,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    """For --help: shows defaults, and leaves the description's lines as they are."""
 
 
 def command_line(description):

@@ -179,7 +179,7 @@ def read_openai(folder):
         name = name.removeprefix("model/")
         if name not in ours and not re.fullmatch(r"h\d+/.*/[gbw]|ln_f/[gbw]|w[tp]e", name):
             continue  # the training's own: Adam's averages, global_step; but not a layer too many
-        if name in ours and dtype is None:
+        if dtype is None:
             raise InputError(f"{path}: {name} is neither float32 nor float16")
         shape = shape[1:] if len(shape) == 3 else shape  # w is kept as [1, in, out]
         weights[ours.get(name, name)] = read_array(dtype, shape, *place)

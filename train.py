@@ -135,12 +135,13 @@ def prepare_folder(folder, n_parameters):
     """Makes the output folder, cleans up after an interrupted save, and checks for room."""
     os.makedirs(folder, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # can it be written to?
-    for stray in glob.glob(os.path.join(glob.escape(folder), "*.tmp")):
-        os.remove(stray)
+    for name in ("ckpt.pt.tmp", "best.pt.tmp", "tokens-*.tmp"):
+        for stray in glob.glob(os.path.join(glob.escape(folder), name)):
+            os.remove(stray)
     # Bytes a parameter: ckpt.pt 12 (weights and AdamW's two averages) and as many while the next
     # one is written, best.pt 4.
-    there = glob.glob(os.path.join(glob.escape(folder), "*.pt"))
-    needed = 28 * n_parameters - sum(map(os.path.getsize, there))
+    there = [os.path.join(folder, name) for name in ("ckpt.pt", "best.pt")]
+    needed = 28 * n_parameters - sum(os.path.getsize(p) for p in there if os.path.exists(p))
     if (free := shutil.disk_usage(folder).free) < needed:
         raise InputError(f"--out_dir={folder}: checkpoints need {needed / 1e6:,.1f} MB, but "
                          f"{free / 1e6:,.1f} MB are free; make room or choose another")
@@ -402,8 +403,8 @@ if __name__ == "__main__":
 
     # Model.
     torch.manual_seed(args.seed)
-    model = GPT(GPTConfig(50257, args.block_size, args.n_layer, args.n_head, args.n_embd,
-                          args.dropout, args.bias))
+    model = GPT(GPTConfig(block_size=args.block_size, n_layer=args.n_layer, n_head=args.n_head,
+                          n_embd=args.n_embd, dropout=args.dropout, bias=args.bias))
     if start_model:
         weights = start_model.state_dict()
         weights["wpe.weight"] = weights["wpe.weight"][: args.block_size]  # the first positions
