@@ -1,8 +1,8 @@
 """GPT-2, the whole model: token ids in, the probabilities of the next token out.
 
 Shapes stand beside the tensors in these letters: B batch, T tokens (S with those the cache already
-holds), C channels (n_embd), H heads, D = C / H channels of a head, V vocabulary; n = B T tokens in
-one row, k candidates, N beams.
+holds), C channels (n_embd), H heads, D = C / H channels of a head, V vocabulary, N beams; n tokens
+of a whole batch in a flat row, k tokens to choose from.
 
 Sources: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019) and OpenAI's
 gpt-2/src/model.py, whose parameter names are kept; for attention, section 3.2 of "Attention Is All
@@ -13,6 +13,7 @@ import functools
 import math
 import os
 import pickle
+import re
 import sys
 import zipfile
 from dataclasses import asdict, dataclass
@@ -54,6 +55,9 @@ class GPTConfig:
 
 # ---- The model -----------------------------------------------------------------------------------
 
+# dropout, TiedEmbedding, LinearCrossEntropy and empty_embedding stand below, under "Parts made
+# fast"; until then read them as F.dropout, F.embedding, F.cross_entropy and nn.Embedding.
+
 class KVCache:
     """Keys and values of the tokens seen so far, so that one more token costs one small step.
 
@@ -63,8 +67,9 @@ class KVCache:
     def __init__(self, config, batch_size, device, dtype):
         shape = (2, config.n_layer, batch_size, config.n_head, config.block_size,
                  config.n_embd // config.n_head)
-        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, H, room, D)
-        self.length = 0  # tokens held; GPT.hidden counts on when all layers have stored theirs
+        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype)
+        # each (n_layer, B, H, block_size, D)
+        self.length = 0  # tokens held; GPT.hidden adds T after the last layer
 
     def append(self, layer, k, v):
         """Stores a layer's k and v of new tokens, (B, H, T, D), and returns all, (B, H, S, D)."""
@@ -81,11 +86,11 @@ class KVCache:
 
 def attend(q, k, v, dropout_p):
     """softmax(q @ k.T / sqrt(D) + mask) @ v: each query gets a mean of values, weighted by how well
-    their keys fit it.
+    their keys fit it. (What a token looks for, what it is found by, and what it then hands over.)
 
-    A sum of D products spreads sqrt(D) times as wide as one; undivided, softmax would give nearly
-    all weight to one key and pass almost no gradient back. The mask adds minus infinity to keys
-    that come after the query, a weight of exp(-inf) = 0, so that no token sees the future.
+    A sum of D products spreads sqrt(D) times as wide as one. Without the division softmax would
+    give nearly all weight to one key and pass almost no gradient back. The mask adds minus infinity
+    to the scores of keys after the query, a weight of exp(-inf) = 0: no token sees the future.
 
     q (B, H, T, D); k and v (B, H, S, D), of which the last T are the queries' own tokens; weights
     are dropped with probability dropout_p. -> (B, H, T, D)
@@ -111,9 +116,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        # q is what a token looks for, k what it can be found by, v what it then hands over.
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)  # mixes the heads
 
     def forward(self, x, cache=None, layer=0):
         B, T, C = x.shape
@@ -127,8 +131,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Where each token is worked on by itself: out to 4C channels (that many was GPT-2's choice),
-    a nonlinearity, and back."""
+    """Where each token is worked on by itself: out to 4C channels (as in the first Transformer), a
+    nonlinearity, and back."""
 
     def __init__(self, config):
         super().__init__()
@@ -143,8 +147,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP. Each adds to x what it makes of a normalised x: every token's channels
-    at mean 0 and variance 1, times a learned gain plus a bias."""
+    """Attention, then MLP. Each reads a normalised x and adds its result to x itself. Normalised: a
+    token's channels get mean 0 and variance 1, then a learned gain and bias."""
 
     def __init__(self, config):
         super().__init__()
@@ -169,7 +173,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = empty_embedding(config.vocab_size, config.n_embd)  # (V, C): what each token is
-        self.wpe = empty_embedding(config.block_size, config.n_embd)  # where it stands
+        self.wpe = empty_embedding(config.block_size, config.n_embd)  # (block_size, C): its place
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))  # the hidden layers
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         if self.wte.weight.is_meta:  # shapes alone: the numbers come from a file
@@ -179,14 +183,14 @@ class GPT(nn.Module):
                 # x sums up 2 n_layer projections, whose variances add up: each starts smaller by
                 # the root of that number, lest x grow with depth.
                 shrink = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
-                nn.init.normal_(parameter, std=0.02 / shrink)
+                nn.init.normal_(parameter, std=0.02 / shrink)  # 0.02 is GPT-2's
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     def hidden(self, idx, cache=None):
         """idx (B, T) int64 -> x (B, T, C) and weight (V, C): x @ weight.T are the logits.
 
-        The cache grows by T tokens.
+        weight is wte's, handed on so that both its uses share one gradient. The cache grows by T.
         """
         past, T = cache.length if cache else 0, idx.shape[1]
         if past + T > self.config.block_size:
@@ -204,10 +208,11 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) int64 -> logits (B, T, V), a score of each token to come next, and None.
 
-        With targets (B, T) int64: None and the mean cross-entropy in nats, the unit of ln, (). It
-        is minus the log of the probability that the model gave to the right token: 7.4541e-05, say,
-        costs 9.5042 nats. Among n equally likely tokens each costs ln n, so the exponential of the
-        mean, perplexity, is that n: 10.794 nats are to be as unsure as among 48,725 tokens.
+        With targets (B, T) int64: None and the mean cross-entropy, (), in nats (the unit of ln). A
+        token's cross-entropy is minus the log of the probability that the model gave it: of
+        7.4541e-05, for example, 9.5042 nats. Of m equally likely tokens each costs ln m, so the
+        exponential of the mean, perplexity, says among how many the model is as unsure: 10.794 nats
+        are as among 48,725.
         Raises InputError for more than block_size tokens, those in the cache included.
         """
         x, weight = self.hidden(idx, cache)
@@ -218,7 +223,11 @@ class GPT(nn.Module):
     def next_logits(self, idx, cache):
         """idx (B, T) int64 -> the logits of the last position alone, (B, V); the cache grows."""
         x, weight = self.hidden(idx, cache)
-        return F.linear(x[:, -1], weight)
+        logits = F.linear(x[:, -1], weight)
+        if not logits.amax().isfinite():
+            raise InputError("the model's logits are not finite: if --dtype=float32 does not help, "
+                             "its weights are damaged; use an earlier checkpoint, such as best.pt")
+        return logits
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
                  stop_token=None, generator=None):
@@ -278,7 +287,8 @@ def dropout(x, p, training):
         return F.dropout(x, p)
     # On a CPU PyTorch draws a mask number by number. NumPy draws 64 bits at a time, taken here as
     # four 16-bit numbers below or above a cut: a fifth of the time, and p is met to 1 in 65,536.
-    generator = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
+    seed = int(torch.randint(2**62, ()))  # so that torch.manual_seed decides here too
+    generator = np.random.Generator(np.random.SFC64(seed))
     words = generator.integers(0, 2**64, x.numel() // 4 + 1, dtype=np.uint64)
     numbers = torch.from_numpy(words.view(np.int16))[: x.numel()].view(x.shape)  # -32768 to 32767
     cut = min(round(p * 65536), 65535)
@@ -289,9 +299,9 @@ def dropout(x, p, training):
 class TiedEmbedding(torch.autograd.Function):
     """The rows of weight (V, C) for idx (B, T), (B, T, C), and weight again, for the output layer.
 
-    Its gradient is that of the output layer, (V, C), with that of the rows added in place. Two uses
-    that autograd knows nothing about would cost a second one, of 154 MB of zeros and few rows: a
-    fortieth of a float32 step on a CPU.
+    Left to itself, autograd would make a second gradient for the rows, 154 MB of almost only zeros,
+    and add the two: a fortieth of a float32 step on a CPU. Here the rows' is added into the output
+    layer's, which is new and nobody else's.
     """
 
     @staticmethod
@@ -309,7 +319,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """F.cross_entropy(x @ weight.T, targets), but without keeping the logits of all tokens.
 
     Logits are the largest tensor of all, 1.6 GB for 8 x 1,024 tokens, and so is their gradient.
-    Here those of ROWS tokens exist at a time, and become their own gradient in place.
+    Here those of ROWS tokens exist at a time, and become their gradient in place.
     """
 
     ROWS = 2048
@@ -317,26 +327,24 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets):
         """x (n, C), weight (V, C), targets (n,) int64 -> loss (), float32, in nats."""
-        kind = x.device.type  # autocast does not reach in here: its dtype is taken by hand
+        kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        w, dx, dw = weight.to(dtype), torch.empty_like(x), None  # (V, C), (n, C), then (V, C)
+        w = weight.to(dtype)  # (V, C), cast once: by itself, autocast would do so for every product
+        dx, dw = torch.empty_like(x), None  # gradients: (n, C), and (V, C) once there is a part
         loss = torch.zeros((), device=x.device)
         for start in range(0, len(x), LinearCrossEntropy.ROWS):
             rows = slice(start, start + LinearCrossEntropy.ROWS)
             xr, tr = x[rows].to(dtype), targets[rows, None]  # (rows, C), (rows, 1)
-            logits = (xr @ w.T).float()  # (rows, V)
-            logits -= logits.amax(dim=1, keepdim=True)  # so that exp cannot overflow
-            chosen = logits.gather(1, tr)  # (rows, 1)
-            total = logits.exp_().sum(dim=1, keepdim=True)  # (rows, 1)
-            loss += (total.log() - chosen).sum()
+            log_probs = (xr @ w.T).float().log_softmax(dim=1)  # (rows, V)
+            chosen = log_probs.gather(1, tr)  # (rows, 1)
+            loss -= chosen.sum()
             if ctx.needs_input_grad[0]:  # not while evaluating
-                logits /= total  # now the probabilities
-                # and now the gradient: the probabilities, less 1 at the right token
-                logits.scatter_add_(1, tr, torch.full_like(total, -1.0))
-                dlogits = logits.to(dtype)  # (rows, V)
+                # the gradient of logits: the probabilities, less 1 at the right token
+                dlogits = log_probs.exp_().scatter_add_(1, tr, torch.full_like(chosen, -1.0))
+                dlogits = dlogits.to(dtype)  # (rows, V)
                 dx[rows] = dlogits @ w  # (rows, C)
                 part = dlogits.T @ xr  # (V, C)
-                dw = part if dw is None else dw.float() + part  # summed in float32
+                dw = part if dw is None else dw.float() + part  # parts are summed in float32
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(dx, dw)
         return loss / len(x)
@@ -349,8 +357,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def empty_embedding(rows, columns):
-    """nn.Embedding without numbers, since GPT draws them, or has them from a file (for which
-    nn.Embedding's own drawing would import seconds' worth of PyTorch)."""
+    """nn.Embedding left unfilled: GPT draws its numbers, or a file brings them. (Then it would draw
+    on the meta device, which imports seconds' worth of PyTorch.)"""
     return nn.Embedding.from_pretrained(torch.empty(rows, columns), freeze=False)
 
 
@@ -376,9 +384,6 @@ def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     all. top_p leaves the fewest of those, from the likeliest on, whose probabilities together reach
     p; None or 1 all.
     """
-    if not logits.amax().isfinite():
-        raise InputError("the model's logits are not finite: its weights must be damaged; use an "
-                         "earlier checkpoint, such as best.pt")
     if temperature < 1e-6:  # the limit: nothing but the likeliest is possible
         return logits.argmax(dim=-1)
     k = min(top_k or logits.shape[-1], logits.shape[-1])
@@ -394,8 +399,8 @@ def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 @torch.inference_mode()
 def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
-    """The continuation of idx (1, T) with the highest mean log-probability found -> int64, of at
-    most max_new_tokens.
+    """idx (1, T) int64 -> (length,) int64: the continuation, of at most max_new_tokens, with the
+    highest mean log-probability found. Leaves the model in eval mode.
 
     Where sampling draws, this keeps the num_beams likeliest sequences at every step. One that ends
     with stop_token is set aside; the best of those and of the living is the answer.
@@ -422,7 +427,7 @@ def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
         rows, unseen = places // totals.shape[1], places[:, None] % totals.shape[1]  # (N,), (N, 1)
         cache.reorder(rows)
         beams = torch.cat((beams[rows], unseen), dim=1)
-        # A score only falls, and its mean is over max_new_tokens at most: the living cannot win.
+        # A living beam's score only falls, and at most max_new_tokens share it: here none can win.
         if best_mean >= scores[0] / max_new_tokens:
             return best
     return beams[0]
@@ -475,7 +480,7 @@ def encode(text):
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 def save_checkpoint(path, model, **training_state):
-    """Writes config, weights and training_state (tensors and plain types) to path, or nothing.
+    """Writes config, weights and training_state (tensors and plain types) to path, or leaves it.
 
     The file is whole at every moment: a temporary one beside it takes its place once it is on the
     disk. Raises InputError if it cannot be written; then the previous one is untouched.
@@ -483,7 +488,7 @@ def save_checkpoint(path, model, **training_state):
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper prefixes every name
     state = {"config": asdict(model.config), "model": model.state_dict(), **training_state}
     try:
-        torch.save(state, path + ".tmp")  # to a path, since an open file would get copies
+        torch.save(state, path + ".tmp")  # given an open file, it would copy every tensor first
         with open(path + ".tmp", "r+b") as file:
             os.fsync(file.fileno())
         os.replace(path + ".tmp", path)
@@ -529,8 +534,9 @@ def what_is(path):
         return "a folder" if os.path.isdir(path) else "missing"
     with open(path, "rb") as file:
         head = file.read(99).lstrip()
-    return ("empty" if not head else "a web page (a download's error message?)"
-            if head.startswith(b"<") else "damaged or something else")
+    if not head:
+        return "empty"
+    return "a web page (an error message?)" if head[:1] == b"<" else "damaged or something else"
 
 
 def check_vocabulary(path, model):
@@ -564,10 +570,11 @@ def command_line(description):
             os._exit(141)
         if issubclass(kind, KeyboardInterrupt):
             message, status = "interrupted", 130
-        elif issubclass(kind, torch.OutOfMemoryError) or "can't allocate memory" in message:
+        elif (issubclass(kind, (torch.OutOfMemoryError, MemoryError))
+              or re.search("out of memory|t allocate memory|tried to allocate", message)):
             message = ("out of memory: train.py needs less with a lower --batch_size (and as much "
                        "more --gradient_accumulation_steps), --block_size or model, sample.py with "
-                       f"a lower --num_samples ({message.splitlines()[0]})")
+                       f"a lower --num_samples ({one_line(error)[:200]})")
         elif not issubclass(kind, (InputError, OSError)):
             return sys.__excepthook__(kind, error, trace)
         print(f"{parser.prog}: error: {message}", file=sys.stderr)
@@ -596,7 +603,7 @@ def choose_device(device, dtype):
     auto is cuda, then mps, then cpu; and bfloat16 where the hardware computes it: half the bytes of
     float32 and the same range, with 8 bits of precision (two to three decimal digits) instead of
     24. GPUs that lack it have float16: 11 bits, but below 6e-8 all is 0, so small gradients vanish
-    unless the loss is scaled up.
+    unless the loss is scaled up. Any CPU takes bfloat16, but slowly where it has to emulate it.
     """
     if device == "auto":
         device = ("cuda" if torch.cuda.is_available() else
@@ -604,16 +611,17 @@ def choose_device(device, dtype):
     try:
         kind = torch.zeros(1, device=device).device.type
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device={device} does not work here ({str(error).splitlines()[0]}); "
+        raise InputError(f"--device={device} does not work here ({one_line(error)[:200]}); "
                          "--device=auto takes the best there is") from error
     if kind == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # an older PyTorch cannot tell, and gets float32
-        able = getattr(torch.cpu, "get_capabilities", dict)()
+        able = getattr(torch.cpu, "get_capabilities", dict)()  # or {}
         native = kind == "cpu" and (able.get("amx_bf16") or able.get("avx512_bf16"))
     if dtype == "auto":
         dtype = "bfloat16" if native else "float16" if kind == "cuda" else "float32"
-    if dtype == ("float16" if kind != "cuda" else "" if native else "bfloat16"):
-        raise InputError(f"--dtype={dtype}: {device} does not compute in it; --dtype=auto takes "
-                         "the best it has")
+    if ((dtype == "float16" and kind != "cuda")
+            or (dtype == "bfloat16" and kind == "cuda" and not native)):
+        raise InputError(f"--dtype={dtype}: {device} does not compute in it; a new run with "
+                         "--dtype=auto takes the best it has")
     return torch.device(device), getattr(torch, dtype)

@@ -55,7 +55,10 @@ def table_of_names(n_layer):
 # ---- OpenAI's files: from bytes to arrays --------------------------------------------------------
 
 def read_varint(data, at):
-    """A whole number, 7 bits a byte, lowest first; a set top bit says more follow. -> it, next."""
+    """A whole number, 7 bits a byte, lowest first; a set top bit says that more follow.
+
+    -> the number, the position after it
+    """
     value = shift = 0
     while True:
         value |= (data[at] & 127) << shift
@@ -103,7 +106,7 @@ def read_message(data):
 def read_index(path):
     """model.ckpt.index -> {variable: (dtype, shape, data file, offset in it, bytes)}.
 
-    Sizes are checked against the data files' lengths, checksums are not. Raises InputError.
+    Sizes are checked, checksums are not. Raises InputError for anything but such a table.
     """
     data = b""
     if os.path.isfile(path):
@@ -142,15 +145,6 @@ def read_index(path):
             variables[key.decode()] = dtype, shape, data_path, entry.get(4, 0), entry.get(5, 0)
     except (IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path} is damaged ({error}): get it again") from error
-    ends = {}
-    for _, _, data_path, offset, size in variables.values():
-        ends[data_path] = max(ends.get(data_path, 0), offset + size)
-    for data_path, end in ends.items():
-        if not os.path.isfile(data_path):
-            raise InputError(f"{data_path} is missing")
-        if os.path.getsize(data_path) < end:
-            raise InputError(f"{data_path} has {os.path.getsize(data_path)} bytes where {path} "
-                             f"says {end}: get the file again")
     return variables
 
 
@@ -178,7 +172,7 @@ def read_openai(folder):
     for name, (dtype, shape, *place) in read_index(path).items():
         name = name.removeprefix("model/")
         if name not in ours and not re.fullmatch(r"h\d+/.*/[gbw]|ln_f/[gbw]|w[tp]e", name):
-            continue  # the training's own: Adam's averages, global_step; but not a layer too many
+            continue  # Adam's averages and global_step; a layer too many stays, to be refused
         if dtype is None:
             raise InputError(f"{path}: {name} is neither float32 nor float16")
         shape = shape[1:] if len(shape) == 3 else shape  # w is kept as [1, in, out]
@@ -188,6 +182,10 @@ def read_openai(folder):
 
 def read_array(dtype, shape, path, offset, size):
     """One variable as a tensor: little-endian numbers, row by row, from offset on."""
+    have = os.path.getsize(path) if os.path.isfile(path) else 0
+    if have < offset + size:
+        raise InputError(f"{path} is {what_is(path)}: {have} bytes, of {offset + size} or more; "
+                         "get it again")
     array = np.fromfile(path, np.dtype(dtype).newbyteorder("<"), size // np.dtype(dtype).itemsize,
                         offset=offset)
     return torch.from_numpy(array.reshape(shape))
@@ -252,7 +250,7 @@ def load_gpt2(path):
         raise InputError(f"{path} is neither one of {', '.join(SIZES)}, nor a folder with OpenAI's "
                          "hparams.json or Hugging Face's config.json, nor a .safetensors file")
     for our, _, transposed in table_of_names(config.n_layer):
-        if our in weights:  # in its place, so that no two copies of all exist
+        if our in weights:  # one at a time, so that there is never a second copy of all
             weight = weights[our].float()
             weights[our] = (weight.transpose(0, -1) if transposed else weight).contiguous()
     with torch.device("meta"):
@@ -269,15 +267,17 @@ def download(size, folder):
     os.makedirs(folder, exist_ok=True)
     for name in FILES:
         target, failures = os.path.join(folder, name), []
-        for source in () if os.path.exists(target) else SOURCES:
+        if os.path.exists(target):
+            continue
+        for source in SOURCES:
             try:
                 fetch(f"{source}/{size}/{name}", target)
                 break
             except (OSError, http.client.HTTPException, InputError) as error:
                 failures.append(f"{source}/{size}/{name} ({error})")
-        if len(failures) == len(SOURCES):
-            raise InputError(f"{name} could not be fetched from {' nor '.join(failures)}; run this "
-                             f"again to go on, or put {', '.join(FILES)} into {folder} by hand")
+        else:
+            raise InputError(f"{name} could be fetched neither from {' nor '.join(failures)}; run "
+                             f"this again, or put {', '.join(FILES)} into {folder} by hand")
 
 
 def fetch(url, target):
@@ -288,13 +288,13 @@ def fetch(url, target):
     try:
         response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing lies beyond what we have, so that is wrong
+        if error.code == 416:  # there is no more than what we have, so that was wrong: start anew
             os.remove(part)
         raise
     with response:
         length, kind = (response.headers.get(f"Content-{name}") for name in ("Length", "Type"))
         if not length or "html" in (kind or ""):
-            raise InputError("the answer is a web page, not the file")
+            raise InputError("the answer is a web page, or without a length")
         if response.status != 206:  # a server that cannot go on sends all
             have = 0
         total, started, had = have + int(length), time.time(), have
@@ -325,7 +325,7 @@ def export(path, folder):
     for our, _, transposed in table_of_names(config.n_layer):
         if our in weights:
             weight = weights.pop(our)
-        else:  # bias=False: theirs always has one, as long as the weight has outputs
+        else:  # bias=False: theirs always has one, of as many numbers as the weight has outputs
             weight = torch.zeros(tensors["transformer." + our.replace("bias", "weight")].shape[-1])
         tensors["transformer." + our] = (weight.T if transposed else weight).contiguous()
     os.makedirs(folder, exist_ok=True)

@@ -17,13 +17,15 @@ from gpt import (DTYPES, END_OF_TEXT, InputError, beam_search, check_vocabulary,
 parser = command_line(__doc__)
 flag = parser.add_argument
 flag("--start", default="", help="the prompt: text, FILE:path, or - for standard input")
-flag("--checkpoint", default="out/ckpt.pt", help="a file written by train.py or load_gpt2.py")
+flag("--checkpoint", default="out/ckpt.pt",
+     help="of train.py (out/best.pt, where the validation loss was lowest) or load_gpt2.py")
 flag("--num_samples", type=number(int, 1), default=1, help="texts, computed as one batch")
 flag("--max_new_tokens", type=number(int, 0), default=200, help="tokens after the prompt")
 flag("--temperature", type=float, default=0.8, help="below 1 safer, above 1 wilder, 0 greedy")
 flag("--top_k", type=int, default=50, help="only the k likeliest tokens; 0: all")
 flag("--top_p", type=float, default=1.0, help="only the likeliest that reach p together; 1: all")
-flag("--num_beams", type=number(int, 0), default=0, help="beam search of that width; 0: sampling")
+flag("--num_beams", type=number(int, 0), default=0,
+     help="beam search of that width, without chance; 0: sampling")
 flag("--seed", type=number(int, 0, 2**63), default=1337, help="the same seed gives the same text")
 flag("--stop", action=argparse.BooleanOptionalAction, default=True, help="end at <|endoftext|>")
 flag("--device", default="auto", help="cuda, mps or cpu; auto: the first that is there")
@@ -44,14 +46,14 @@ if prompt == "-" or prompt.startswith("FILE:"):
     except UnicodeDecodeError as error:
         raise InputError(f"--start={args.start}: byte {error.start} is not UTF-8") from error
 
-# Training keeps float32 weights, since it adds up many small steps. Here they may be short.
+# Training needs float32 weights, since it adds up many small steps; here bfloat16's are enough.
 device, dtype = choose_device(args.device, args.dtype)
 model, state = load_checkpoint(args.checkpoint)
 check_vocabulary(args.checkpoint, model)
 model.to(device, dtype)
 lowest = state.get("val_loss", state.get("best_val_loss"))
 print(f"{args.checkpoint}: step {state.get('step', 0)}, "
-      + (f"lowest validation loss {lowest:.4f}, " if lowest else "") + f"{device}, {dtype}",
+      + (f"lowest validation loss so far {lowest:.4f}, " if lowest else "") + f"{device}, {dtype}",
       file=sys.stderr)
 
 tokenizer = get_tokenizer()

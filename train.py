@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from gpt import (DTYPES, END_OF_TEXT, GPT, GPTConfig, InputError, check_vocabulary,
                  choose_device, command_line, encode, get_tokenizer, load_checkpoint, number,
-                 save_checkpoint)
+                 one_line, save_checkpoint)
 
 STORY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "story.txt")
 PIECE = 1 << 20  # characters of text, or tokens of a .bin, read at a time
@@ -49,7 +49,8 @@ def flags():
     flag("--init_from", help="a checkpoint whose weights start a new run")
     flag("--resume", action="store_true", help="go on with the run in out_dir, with its flags")
     flag("--overwrite", action="store_true", help="replace the run in out_dir")
-    flag("--eval_only", action="store_true", help="print the losses, write nothing")
+    flag("--eval_only", action="store_true",
+         help="print the losses of the weights of --resume or --init_from, write nothing")
     flag("--max_iters", type=number(int, 0), default=150, help="steps, from the run's beginning")
     flag("--batch_size", type=number(int, 1), default=2, help="windows computed at once")
     flag("--gradient_accumulation_steps", type=number(int, 1), default=1, help="batches per step")
@@ -62,9 +63,10 @@ def flags():
     flag("--learning_rate", type=number(float, 1e-12), default=4e-4, help="the highest rate")
     flag("--min_lr", type=number(float, 0), default=4e-5, help="the rate at the end")
     flag("--warmup_iters", type=number(int, 0), default=30, help="steps of rising rate")
-    flag("--lr_decay_iters", type=number(int, 0), help="the step of min_lr; None: max_iters")
+    flag("--lr_decay_iters", type=number(int, 0),
+         help="the step of min_lr, where longer runs stay; None: max_iters as first given")
     flag("--weight_decay", type=number(float, 0), default=0.1, help="AdamW's pull towards 0")
-    # 150 steps are few: averages over 5 gradients learn more in them than the usual 10 (0.9).
+    # beta averages about 1 / (1 - beta) gradients: in 150 steps, 5 learn more than the usual 10.
     flag("--beta1", type=number(float, 0, 1), default=0.8, help="AdamW's memory of gradients")
     flag("--beta2", type=number(float, 0, 1), default=0.95, help="and of their squares")
     flag("--grad_clip", type=number(float, 0), default=1.0, help="gradients' length limit; 0: none")
@@ -110,7 +112,8 @@ def starting_point(processes):
                          "choose another --out_dir, or give --overwrite")
     if model:
         check_vocabulary(source, model)
-        args = parser.parse_args(namespace=argparse.Namespace(**saved))  # new flags over saved ones
+        # What a namespace holds stands in for the defaults, and flags now given replace it.
+        args = parser.parse_args(namespace=argparse.Namespace(**saved))
         for name, value in saved.items():
             if name not in FREE and getattr(args, name) != value:
                 raise InputError(f"--{name}={getattr(args, name)}: {source} has {value}, and that "
@@ -120,7 +123,9 @@ def starting_point(processes):
                              f"{model.config.block_size} tokens")
     if args.lr_decay_iters is None:
         args.lr_decay_iters = args.max_iters
-    # Like text_key later, kept among the flags, so that a resumed run is compared with it.
+    if args.min_lr > args.learning_rate:
+        raise InputError(f"--min_lr={args.min_lr} is above --learning_rate={args.learning_rate}")
+    # Saved with the flags, as text_key will be, since a resumed run must have the same.
     windows = args.batch_size * args.gradient_accumulation_steps * processes
     if getattr(args, "windows_per_step", windows) != windows:
         raise InputError(
@@ -181,7 +186,7 @@ def cut_safely(pieces):
     text = ""
     for piece in pieces:
         text += piece
-        if len(text) >= PIECE and (place := re.search(r"(?s).*\S(?=[ \n])", text)):  # the last one
+        if len(text) >= PIECE and (place := re.match(r"(?s).*\S(?=[ \n])", text)):  # the last one
             yield text[: place.end()]
             text = text[place.end() :]
     yield text
@@ -191,8 +196,8 @@ def tokenize(path, folder, say):
     """The text at path -> its tokens (n,) uint16, mapped from a file in folder; characters; a key.
 
     50,257 ids are less than 2^16: two bytes per token. The file is made once for a text, on all
-    cores and in constant memory, and named by the text's hash: a changed text never meets old
-    tokens.
+    cores and in constant memory (if there are spaces in it), and named by the text's hash: a
+    changed text never meets old tokens.
     """
     sha, characters = hashlib.sha256(), 0
     for piece in read_text(path):
@@ -246,7 +251,7 @@ def shuffled(n_windows, seed, epoch):
 def windows_of(step, micro, args, n_windows):
     """The numbers of the windows in a step's micro-batch, a pure function of seed, step and micro:
     there is nothing to save, and a resumed run reads what it would have read."""
-    first = step * args.windows_per_step + micro * args.batch_size  # so many were read before
+    first = step * args.windows_per_step + micro * args.batch_size  # windows read before these
     return [int(shuffled(n_windows, args.seed, i // n_windows)[i % n_windows])
             for i in range(first, first + args.batch_size)]
 
@@ -279,17 +284,17 @@ def learning_rate(step, args):
 
 
 @torch.no_grad()
-def evaluate(model, evaluated, args, rank, processes, autocast):
-    """The mean loss of each split, in nats; evaluated: [(tokens, n_windows)] of the splits.
+def evaluate(model, parts, args, rank, processes, autocast):
+    """The mean loss of each part, (tokens, n_windows), of a split, in nats.
 
     Always a split's first windows, without dropout and so without drawing a random number: the run
     is the same however often it is evaluated.
     """
     device = model.wte.weight.device
-    losses = torch.zeros(len(evaluated), dtype=torch.float64)
+    losses = torch.zeros(len(parts), dtype=torch.float64)
     model.eval()
-    for i, (tokens, n_windows) in enumerate(evaluated):
-        mine = range(n_windows)[rank::processes]  # of each process
+    for i, (tokens, n_windows) in enumerate(parts):
+        mine = range(n_windows)[rank::processes]  # this process's share
         for start in range(0, len(mine), args.batch_size):
             windows = mine[start : start + args.batch_size]
             with autocast():
@@ -347,8 +352,8 @@ PEAK_FLOPS = {"A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12, "L4": 12
 
 if __name__ == "__main__":
     # torchrun tells each process its number among all and on its machine; alone, there is one.
-    rank, local_rank, processes = (int(os.environ.get(name, default)) for name, default in
-                                   (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     say = print if rank == 0 else lambda *_, **__: None
     args, start_model, state = starting_point(processes)
     step, best_val_loss = state.get("step", 0), state.get("best_val_loss", math.inf)
@@ -365,17 +370,20 @@ if __name__ == "__main__":
     args.dtype = str(dtype).removeprefix("torch.")
     if processes > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(hours=12))  # a text may be long
-    autocast = functools.partial(torch.autocast, device.type, dtype, dtype != torch.float32)
-    if device.type == "cuda":  # TF32: the factors of float32 products, cut to 11 bits of precision
+                                timeout=datetime.timedelta(hours=12))  # to tokenize a long text
+    autocast = functools.partial(torch.autocast, device.type, dtype,
+                                 enabled=dtype != torch.float32)
+    if device.type == "cuda":  # TF32: float32 products of factors rounded to 11 bits of precision
         torch.set_float32_matmul_precision("high")
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # glibc hands large freed buffers back to the system, and each step would fetch them again
-        # by 160,000 page faults. Keeping them makes a float32 step of 124M 1.1 times as fast.
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        # by 130,000 page faults. Keeping those up to 32 MB, its limit, makes a float32 step of 124M
+        # 1.1 times as fast.
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
     # Data: the first 90% of the tokens to train on, the rest to validate.
+    # (With --eval_only, which writes nothing into out_dir, each tokenizes for itself.)
     scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     if local_rank:  # on each machine the first process tokenizes, then the others find the file
         dist.barrier()
@@ -398,8 +406,8 @@ if __name__ == "__main__":
             f"{args.block_size + 1}; " + (f"the largest that fits is --block_size={largest}"
                                           if largest else "no block_size fits, give more text"))
     tokens_per_step = args.windows_per_step * args.block_size
-    evaluated = [(split, min(n, args.eval_iters * args.windows_per_step))
-                 for split, n in zip(splits, n_windows)]
+    parts = [(split, min(n, args.eval_iters * args.windows_per_step))
+             for split, n in zip(splits, n_windows)]  # to evaluate
 
     # Model.
     torch.manual_seed(args.seed)
@@ -413,7 +421,16 @@ if __name__ == "__main__":
     model.to(device)
     parameters = list(model.parameters())
     n_parameters = sum(p.numel() for p in parameters)
-    if rank == 0 and not args.eval_only:
+
+    say(about)
+    for name, size, n in zip(("training", "validation"), sizes, n_windows):
+        say(f"{name}: {size:,} tokens, {n:,} windows of {args.block_size}")
+    say(f"{n_parameters:,} parameters, {device}, {args.dtype}, {tokens_per_step:,} tokens a step")
+    if args.eval_only:
+        losses = evaluate(model, parts, args, rank, processes, autocast)
+        say(f"step {step}: training loss {losses[0]:.4f}, validation loss {losses[1]:.4f}")
+        sys.exit()
+    if rank == 0:
         prepare_folder(args.out_dir, n_parameters)
 
     # Optimizer. AdamW moves a weight by lr times its averaged gradient over the root of its
@@ -433,7 +450,8 @@ if __name__ == "__main__":
         scaler.load_state_dict(state["scaler"])
     log_bytes, state = state.get("log_bytes", 0), None  # unmapped
 
-    # What is trained is the model with its exchange of gradients, compiled; they share its weights.
+    # What trains is the model, wrapped in DDP, which averages gradients over processes, and then
+    # compiled; both wrappers use the model's own weights.
     trained = torch.nn.parallel.DistributedDataParallel(model) if processes > 1 else model
     if args.compile or (args.compile is None and device.type == "cuda"):
         try:  # on a first batch, which trains nothing
@@ -443,18 +461,9 @@ if __name__ == "__main__":
                 compiled(*first)[1].backward()
             trained = compiled
         except Exception as error:  # no C++ compiler, too old a GPU, or whatever stops it
-            say(f"warning: --compile fails here, going on without: {str(error).splitlines()[0]}",
+            say(f"warning: --compile fails here, going on without: {one_line(error)[:200]}",
                 file=sys.stderr)
         optimizer.zero_grad()
-
-    say(about)
-    for name, size, n in zip(("training", "validation"), sizes, n_windows):
-        say(f"{name}: {size:,} tokens, {n:,} windows of {args.block_size}")
-    say(f"{n_parameters:,} parameters, {device}, {args.dtype}, {tokens_per_step:,} tokens a step")
-    if args.eval_only:
-        losses = evaluate(model, evaluated, args, rank, processes, autocast)
-        say(f"step {step}: training loss {losses[0]:.4f}, validation loss {losses[1]:.4f}")
-        sys.exit()
 
     # Log: a new run begins it anew, and rows of steps after the checkpoint go: those come again.
     if rank == 0:
@@ -468,8 +477,8 @@ if __name__ == "__main__":
     # Ctrl-C and SIGTERM: the step is finished and all is saved; a second one ends at once.
     caught = []
 
-    def remember(number, _):
-        caught.append(number)
+    def remember(signum, _):
+        caught.append(signum)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -511,13 +520,13 @@ if __name__ == "__main__":
                     f"{lr:.2e} | norm {grad_norm:.2f} | {speed:,.0f} tokens/s{mfu} | {left} left")
                 seconds, timed = 0.0, 0
             if evaluating:
-                losses = evaluate(model, evaluated, args, rank, processes, autocast)
+                losses = evaluate(model, parts, args, rank, processes, autocast)
                 stop_unless_finite("evaluated losses", *losses)
                 row["train_loss"], row["val_loss"] = losses
                 say(f"step {step}: training loss {losses[0]:.4f} (perplexity "
                     f"{perplexity(losses[0]):,.2f}), validation loss {losses[1]:.4f} (perplexity "
                     f"{perplexity(losses[1]):,.2f})")
-                if step == 0:  # random weights prefer some tokens, for no reason: a little worse
+                if step == 0:  # random weights prefer some tokens by chance: a little worse
                     say(f"(a blind guess costs ln(50257) = {math.log(50257):.4f})")
             if rank == 0:
                 log.writerow(row)
@@ -555,7 +564,7 @@ if __name__ == "__main__":
             # What is dropped depends, like the windows, on seed, step and micro alone.
             seed, = np.random.SeedSequence((args.seed, step, micro)).generate_state(1, np.uint64)
             torch.manual_seed(int(seed))
-            # Gradients of micro-batches add up here; processes exchange them once, with the last.
+            # Gradients of micro-batches add up here; DDP's processes exchange them with the last.
             trained.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
             with autocast():
                 _, micro_loss = trained(inputs, targets)
@@ -584,6 +593,5 @@ if __name__ == "__main__":
     if processes > 1:
         dist.destroy_process_group()
     if stop:
-        say(f"stopped and saved at step {step}; go on with: python train.py --resume "
-            f"--out_dir={args.out_dir}")
-        sys.exit(128 + (caught or [signal.SIGTERM])[0])
+        say(f"stopped and saved at step {step}; go on with --resume --out_dir={args.out_dir}")
+        sys.exit(128 + (caught or [signal.SIGTERM])[0])  # as shells do; another may have caught it
