@@ -353,6 +353,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, scale):
         dx, dw = ctx.saved_tensors
         scale = scale / len(dx)  # not earlier: float16 would lose what is so small
+        # in place, as this comes but once
         return dx.mul_(scale), dw.float().mul_(scale), None
 
 

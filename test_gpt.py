@@ -175,6 +175,11 @@ def test_loss_and_gradients_equal_autograds(monkeypatch, rows):
     (loss * 3).backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
+
+    class Plain:  # leaves the tied weight's two gradients to autograd
+        apply = staticmethod(lambda w, i: (torch.nn.functional.embedding(i, w), w))
+
+    monkeypatch.setattr(gpt, "TiedEmbedding", Plain)
     logits, _ = model(idx)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     (expected * 3).backward()
@@ -367,6 +372,18 @@ def test_beam_search():
     assert gpt.beam_search(model, idx, 4, 5**3, stop_token=2).tolist() == list(best)
 
 
+def test_damaged_weights_are_noticed_however_tokens_are_chosen():
+    model = tiny()
+    idx = torch.tensor([[1, 3]])
+    with torch.no_grad():
+        model.h[1].mlp.c_fc.weight[0, 0] = math.nan
+    for temperature in (0, 1):
+        with pytest.raises(InputError, match="not finite"):
+            next(model.generate(idx, 4, temperature))
+    with pytest.raises(InputError, match="not finite"):
+        gpt.beam_search(model, idx, 4, 2)
+
+
 # ---- The tokenizer -----------------------------------------------------------------------------
 
 def test_tokenizer():
@@ -544,6 +561,8 @@ def test_tokens_in_pieces_equal_tokens_of_the_whole(tmp_path, monkeypatch):
         text = text.replace("\r\n", "\n")
         assert characters == len(text)
         assert tokens.tolist() == gpt.encode(text)
+    monkeypatch.undo()  # and a text without spaces does not take forever
+    assert list(train.cut_safely(["x" * 2**21, "y"])) == ["x" * 2**21 + "y"]
 
 
 def test_folders_and_bins(tmp_path):
@@ -694,7 +713,8 @@ def faults(folder):
         (["--data=medium.txt", "--block_size=64"], "17 in the validation split.*--block_size=16$"),
         (["--n_embd=10", "--n_head=3"], "n_embd=10.*n_head=3"),
         (["--batchsize=2"], "--batchsize"), (["--batch_size=0"], "at least 1"),
-        (["--learning_rate=nan"], "nan"), (["--max_iters=-1"], "-1"), (["--dropout=1"], "below 1"),
+        (["--learning_rate=nan"], "nan"), (["--learning_rate=1e-5"], "min_lr=4e-05 is above"),
+        (["--max_iters=-1"], "-1"), (["--dropout=1"], "below 1"),
         (["--device=cuda:99"], "cuda:99.*--device=auto"), (["--device=gpu"], "gpu"),
         (["--dtype=int8"], "int8"),
         (["--device=cpu", "--dtype=float16"], "float16"),
