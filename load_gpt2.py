@@ -363,8 +363,9 @@ if __name__ == "__main__":
     parser.add_argument("--out", help="the checkpoint to write (models/gpt2-SIZE.pt, "
                         "models/FOLDER.pt)")
     args = parser.parse_args()
-    if args.export != bool(args.folder):
-        parser.error("--export needs a checkpoint and a folder, anything else one argument")
+    if args.export != bool(args.folder) or (args.export and args.out):
+        parser.error("--export needs a checkpoint and a folder, and anything else one argument, "
+                     "which alone may have --out")
     if args.export:
         export(args.what, args.folder)
         print(f"wrote {args.folder}")
