@@ -1,4 +1,4 @@
-"""The tests: `pytest test_gpt.py`. No network, no GPU; about two minutes on two cores."""
+"""The tests: `pytest test_gpt.py`. No network, no GPU; two to five minutes on two cores."""
 import contextlib
 import csv
 import hashlib
