@@ -755,7 +755,7 @@ def test_a_run_is_not_overwritten_nor_changed_by_accident(run, tmp_path, capsys)
     assert "nothing to do" in capsys.readouterr().out
     assert same_run(run[0], folder)
     (folder / "ckpt.pt.tmp").write_bytes(b"cut")
-    main("train.py", "--resume", out, "--max_iters=11")
+    main("train.py", "--resume", out, "--max_iters=11", "--dtype=auto")
     assert not (folder / "ckpt.pt.tmp").exists()
     main("train.py", *SMALL, out, "--max_iters=0", "--overwrite")
     assert [row["iter"] for row in log_of(folder)] == ["0"]

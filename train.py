@@ -114,6 +114,8 @@ def starting_point(processes):
         check_vocabulary(source, model)
         # What a namespace holds stands in for the defaults, and flags now given replace it.
         args = parser.parse_args(namespace=argparse.Namespace(**saved))
+        if args.resume and args.dtype == "auto":
+            args.dtype = saved["dtype"]  # as auto was resolved then
         for name, value in saved.items():
             if name not in FREE and getattr(args, name) != value:
                 raise InputError(f"--{name}={getattr(args, name)}: {source} has {value}, and that "
