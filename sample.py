@@ -11,25 +11,25 @@ import time
 
 import torch
 
-from gpt import (DTYPES, END_OF_TEXT, InputError, beam_search, check_vocabulary, choose_device,
-                 command_line, encode, get_tokenizer, load_checkpoint, number)
+from gpt import (DTYPES, END_OF_TEXT, InputError, beam_search, choose_device, command_line,
+                 decode_utf8, encode, generate, get_tokenizer, load_checkpoint, number)
 
 parser = command_line(__doc__)
 flag = parser.add_argument
 flag("--start", default="", help="the prompt: text, FILE:path, or - for standard input")
-flag("--checkpoint", default="out/ckpt.pt",
-     help="of train.py (out/best.pt, where the validation loss was lowest) or load_gpt2.py")
+flag("--checkpoint", default="out/ckpt.pt", type=os.path.expanduser,
+     help="a file that train.py or load_gpt2.py wrote")
 flag("--num_samples", type=number(int, 1), default=1, help="texts, computed as one batch")
 flag("--max_new_tokens", type=number(int, 0), default=200, help="tokens after the prompt")
-flag("--temperature", type=float, default=0.8, help="below 1 safer, above 1 wilder, 0 greedy")
-flag("--top_k", type=int, default=50, help="only the k likeliest tokens; 0: all")
-flag("--top_p", type=float, default=1.0, help="only the likeliest that reach p together; 1: all")
-flag("--num_beams", type=number(int, 0), default=0,
-     help="beam search of that width, without chance; 0: sampling")
-flag("--seed", type=number(int, 0, 2**63), default=1337, help="the same seed gives the same text")
+flag("--temperature", type=number(float, 0), default=0.8, help="below 1 safer; 0: greedy")
+flag("--top_k", type=number(int, 0), default=50, help="only the k likeliest tokens; 0: all")
+flag("--top_p", type=number(float, 1e-6, 1), default=1.0,
+     help="only the likeliest tokens that reach probability p together; 1: all")
+flag("--num_beams", type=number(int, 0), default=0, help="width of beam search; 0: sampling")
+flag("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="same seed, same text")
 flag("--stop", action=argparse.BooleanOptionalAction, default=True, help="end at <|endoftext|>")
 flag("--device", default="auto", help="cuda, mps or cpu; auto: the first that is there")
-flag("--dtype", default="auto", choices=DTYPES, help="of weights; auto: what is fast here")
+flag("--dtype", default="auto", choices=DTYPES, help="of the weights; auto: what is fast here")
 args = parser.parse_args()
 
 if args.num_beams and args.num_samples > 1:
@@ -39,49 +39,47 @@ if not os.path.exists(args.checkpoint):
                      "or fetch OpenAI's (python load_gpt2.py 124M)")
 prompt = args.start
 if prompt == "-" or prompt.startswith("FILE:"):
-    try:
-        path = 0 if prompt == "-" else prompt.removeprefix("FILE:")  # 0 is standard input
-        with open(path, encoding="utf-8-sig") as file:
-            prompt = file.read()
-    except UnicodeDecodeError as error:
-        raise InputError(f"--start={args.start}: byte {error.start} is not UTF-8") from error
+    path = 0 if prompt == "-" else os.path.expanduser(prompt.removeprefix("FILE:"))
+    with open(path, "rb") as file:  # 0 is standard input
+        prompt = decode_utf8(file.read(), f"--start={args.start}").removesuffix("\n")
+if prompt[-1:].isspace():
+    print("warning: the prompt ends in white space; GPT-2's tokens begin with their space, so the "
+          "text may derail", file=sys.stderr)
 
-# Training needs float32 weights, since it adds up many small steps; here bfloat16's are enough.
+# Training needs float32 weights, because it adds up many small steps. Here bfloat16 is enough.
 device, dtype = choose_device(args.device, args.dtype)
 model, state = load_checkpoint(args.checkpoint)
-check_vocabulary(args.checkpoint, model)
-model.to(device, dtype)
-lowest = state.get("val_loss", state.get("best_val_loss"))
-print(f"{args.checkpoint}: step {state.get('step', 0)}, "
-      + (f"lowest validation loss so far {lowest:.4f}, " if lowest else "") + f"{device}, {dtype}",
-      file=sys.stderr)
+if model.config.vocab_size != END_OF_TEXT + 1:
+    raise InputError(f"{args.checkpoint} has {model.config.vocab_size} tokens that are not GPT-2's")
+if not all(weight.isfinite().all() for weight in model.to(device, dtype).parameters()):
+    raise InputError(f"{args.checkpoint} has weights that are not finite in {dtype}: take another")
+print(f"{args.checkpoint}: step {state.get('step')}, validation loss {state.get('val_loss')}, "
+      f"{device}, {dtype}", file=sys.stderr)
 
-tokenizer = get_tokenizer()
+tokenizer, block_size = get_tokenizer(), model.config.block_size
 ids = encode(prompt) or [END_OF_TEXT]
-block_size = model.config.block_size
-if len(ids) > block_size:
+if len(ids) > block_size and not args.num_beams:
     print(f"warning: the prompt has {len(ids)} tokens, of which the last {block_size} are used",
           file=sys.stderr)
-idx = torch.tensor([ids[-block_size:]], device=device).expand(args.num_samples, -1)  # (B, T)
+idx = torch.tensor([ids], device=device).expand(args.num_samples, -1)  # (B, T)
 stop_token = END_OF_TEXT if args.stop else None
 
 start = time.perf_counter()
 if args.num_beams:
     tokens = beam_search(model, idx, args.max_new_tokens, args.num_beams, stop_token)[:, None]
 else:
-    generator = torch.Generator().manual_seed(args.seed)
-    tokens = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                            stop_token, generator)
+    tokens = generate(model, idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                      stop_token, torch.Generator().manual_seed(args.seed))
 
-# A character may be split over several tokens: the decoder waits until it is whole.
+rows = [[] for _ in range(args.num_samples)]  # the token ids of each text
+# A character may be split over several tokens. The decoder waits until it is whole.
 decoder = codecs.getincrementaldecoder("utf-8")("replace")
-rows = [[] for _ in range(args.num_samples)]  # of token ids
 print(prompt, end="", flush=True)
-for token in tokens:  # (B,); the first row appears as it comes, the others whole, after it
+for token in tokens:  # (B,)
     for row, new in zip(rows, token.tolist()):
-        if row[-1:] != [stop_token]:  # a row that has ended goes on yielding it
+        if stop_token not in row[-1:]:  # a text that has ended repeats stop_token
             row.append(new)
-            if row is rows[0] and new != stop_token:
+            if row is rows[0] and new != stop_token:  # the first text appears as it is written
                 print(decoder.decode(tokenizer.decode_single_token_bytes(new)), end="", flush=True)
 print(decoder.decode(b"", final=True))
 seconds, count = time.perf_counter() - start, sum(map(len, rows))
