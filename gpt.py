@@ -46,7 +46,7 @@ def attend(q, k, v, dropout_p=0.0):
         # the division, softmax would give nearly all weight to one key and pass no gradient back.
         scores = (q / math.sqrt(D)) @ k.transpose(2, 3) + mask  # (B, H, T, S)
         weights = scores.softmax(dim=-1)  # (B, H, T, S), each row sums to 1
-        return dropout(weights, dropout_p) @ v
+        return dropout(weights, dropout_p) @ v  # as F.dropout, made faster further down
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
     # is_causal would put query 0 beside key 0.
@@ -124,7 +124,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # nn.Embedding(V, C) would fill these tables with numbers, which are drawn below anyway.
+        # Tables without numbers: those are drawn below, and nn.Embedding would draw them twice.
         V, C = config.vocab_size, config.n_embd
         self.wte = nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False)
         self.wpe = nn.Embedding.from_pretrained(torch.empty(config.block_size, C), freeze=False)
@@ -239,7 +239,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
         window = torch.cat((window, token[:, None]), dim=1)
 
 
-# ---- Text and tokens -----------------------------------------------------------------------------
+# ---- Text and tokens, and imports that the model does without ------------------------------------
 import argparse
 import contextlib
 import errno
@@ -258,7 +258,7 @@ VOCAB_PATH = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data", "
 END_OF_TEXT = 50256  # <|endoftext|>, which stood between the documents GPT-2 was trained on
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 # vocab.bpe spells 188 bytes with their own visible character, and the others with the characters
-# from chr(256) on. In the order of SPELLING, the bytes are the tokens 0 to 255.
+# from chr(256) on; a space is chr(288). Token i < 256 is the i-th byte of SPELLING.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = sorted(set(range(256)) - set(VISIBLE))
 SPELLING = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
@@ -274,8 +274,8 @@ def get_tokenizer():
     with open(VOCAB_PATH, encoding="utf-8") as file:
         for line in file.read().splitlines()[1:]:  # the first line is a version
             ranks[bytes(byte_of[c] for c in line if c != " ")] = len(ranks)
-    # GPT-2's pattern, as tiktoken runs it fastest. It cuts a text into words, each with the space
-    # before it, numbers, other signs and white space. Nothing is joined across a cut.
+    # GPT-2's pattern, as tiktoken runs it fastest (++ gives nothing back), cuts a text into words,
+    # each with the space before it, numbers, other signs, white space. No token crosses a cut.
     pattern = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
                r"|\s++$|\s+(?!\S)|\s")
     return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks,
@@ -303,11 +303,9 @@ def decode_utf8(data, name, offset=0):
 # ---- Beam search ---------------------------------------------------------------------------------
 @torch.inference_mode()
 def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
-    """idx (1, T) int64 -> the likeliest continuation found, (n,) int64, n <= max_new_tokens.
-
-    Likeliest by its mean log-probability. Each step keeps the N = num_beams likeliest sequences of
-    n new tokens. One that ends with stop_token is set aside, and wins if no mean is higher.
-    """
+    """idx (1, T) int64 -> the continuation with the highest mean log-probability found, (n,) int64.
+    Each step keeps the N = num_beams likeliest sequences of n new tokens, up to max_new_tokens. One
+    that ends with stop_token is set aside, and wins if no mean is higher."""
     assert not model.training, "call model.eval() first, or dropout spoils the text"
     V = model.config.vocab_size
     cache = [KVCache(model, num_beams) for _ in model.h]
@@ -341,8 +339,8 @@ def dropout(x, p, training=True):
     scaled up, so that the model cannot rely on any single one."""
     if not training or p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
-    # PyTorch draws one number for each element. NumPy draws 64 bits at a time, which serve four: an
-    # element stays if its 16 bits, read as -32768 to 32767, reach the threshold.
+    # PyTorch draws one number for each element. NumPy draws 64 bits at a time, which serve four. 16
+    # bits, read as int16, are a number from -32768 to 32767. The lowest of them drop the element.
     seed = int(torch.randint(2**62, ()))  # torch.manual_seed decides here too
     generator, count = np.random.Generator(np.random.SFC64(seed)), x.numel() // 4 + 1
     words = generator.integers(0, 2**64, count, dtype=np.uint64)
@@ -386,11 +384,9 @@ def save_checkpoint(path, model, **training_state):
 
 def load_checkpoint(path, verify=False):
     """path -> GPT on the CPU, in eval mode; dict of the training state. Nothing in it is executed.
-
     The weights are mapped from the file: while they are in use, only save_checkpoint may replace it
-    (torch.save would destroy both). verify reads it all instead and compares checksums. Raises
-    InputError for a file that is no whole checkpoint.
-    """
+    (torch.save would write into them). With verify, all is read, and checksums are compared. Raises
+    InputError for a file that is no whole checkpoint."""
     try:
         if verify and (broken := zipfile.ZipFile(path).testzip()):
             raise zipfile.BadZipFile(f"wrong checksum in {broken}")
@@ -436,8 +432,9 @@ def command_line(description):
             os._exit(130)
         if getattr(error, "filename", None) is not None:
             message = f"{error.filename!r}: {message}"
-        if not (isinstance(error, (InputError, OSError)) or "allocate memory" in message
-                or kind.__name__ == "OutOfMemoryError" or kind.__module__.startswith("torch._")):
+        memory = kind.__name__ == "OutOfMemoryError" or "allocate memory" in message
+        compiler = kind.__module__.startswith("torch._")
+        if not (issubclass(kind, (InputError, OSError)) or memory or compiler):
             return sys.__excepthook__(kind, error, trace)
         print(f"{parser.prog}: error: {message}", file=stderr, flush=True)
         sys.exit(2)
@@ -461,10 +458,8 @@ def number(kind, low, high=math.inf):
 
 def choose_device(device, dtype):
     """--device and --dtype -> torch.device, torch.dtype. Raises InputError for what is not there.
-
     auto takes bfloat16 where the hardware computes it: half the bytes of float32 and its range, but
-    8 bits of precision, not 24. Older GPUs have float16, with 11 bits.
-    """
+    8 bits of precision, not 24. Older GPUs have float16, with 11 bits."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True, "auto": True}
     kind = device.partition(":")[0]
@@ -480,6 +475,6 @@ def choose_device(device, dtype):
     fast = {"bfloat16": native, "float16": kind == "cuda", "float32": True}
     if dtype == "auto":
         dtype = next(name for name in fast if fast[name])
-    if not fast[dtype] and (kind == "cuda" or dtype == "float16"):  # others emulate bfloat16
+    elif not fast[dtype] and (kind == "cuda" or dtype == "float16"):  # others emulate bfloat16
         raise InputError(f"--dtype={dtype}: {device} does not compute in it; try --dtype=auto")
     return torch.device(device), getattr(torch, dtype)

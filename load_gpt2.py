@@ -51,7 +51,7 @@ def openai_name(name):
 
 
 def read_config(path, names, defaults):
-    """A JSON file -> GPTConfig, whose first five fields have these names there; all its content."""
+    """The five sizes that a JSON file has under these names -> GPTConfig; the file's content."""
     try:
         with open(path, encoding="utf-8") as file:
             content = defaults | json.load(file)
@@ -107,19 +107,18 @@ def read_hugging_face(path):
     # Older files hold attention's masks too.
     weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()
                if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-    head = weights.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, weights.setdefault("wte.weight", head)):
+    head = weights.pop("lm_head.weight", weights.get("wte.weight"))
+    weights.setdefault("wte.weight", head)
+    if head is not None and not torch.equal(head, weights["wte.weight"]):
         raise InputError(f"{path}: lm_head.weight is not wte.weight, and GPT-2 has one for both")
 
     path = os.path.join(folder, "config.json")
     config, content = read_config(
         path, ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"),
         {"n_positions": 1024, **vars(GPTConfig())})  # what transformers takes if it is left out
-    for name, allowed in {"model_type": ("gpt2",), "n_inner": (None, 4 * config.n_embd),
-                          "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    for name, allowed in {"activation_function": ("gelu_new", "gelu_pytorch_tanh"),
                           "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,),
-                          "scale_attn_by_inverse_layer_idx": (False,),
-                          "add_cross_attention": (False,)}.items():
+                          "scale_attn_by_inverse_layer_idx": (False,)}.items():
         if content.get(name, allowed[0]) not in allowed:
             raise InputError(f"{path}: {name} is {content[name]!r}, and GPT-2's is {allowed[-1]!r}")
     return config, weights
@@ -127,10 +126,7 @@ def read_hugging_face(path):
 
 def load_gpt2(path):
     """A folder of OpenAI's or Hugging Face's files, or a .safetensors file -> GPT, float32, CPU.
-
-    Memory stays near the weights' own size. Raises InputError, naming the file, for what is
-    missing, damaged, of another shape, or not GPT-2.
-    """
+    Raises InputError, naming the file, for what is missing, damaged, misshapen, or not GPT-2."""
     if os.path.exists(os.path.join(path, HPARAMS)):
         config, weights = read_openai(path)
     elif os.path.exists(os.path.join(path, "config.json")) or path.endswith(".safetensors"):
@@ -260,8 +256,9 @@ if __name__ == "__main__":
     path = os.path.expanduser(args.source)
     name = os.path.basename(os.path.abspath(path)).removesuffix(".safetensors")
     if path in SIZES and not os.path.exists(path):
-        name, path = f"gpt2-{SIZES[path]}", os.path.join("models", SIZES[path])
-        download(os.path.basename(path), path)
+        size = SIZES[path]
+        name, path = f"gpt2-{size}", os.path.join("models", size)
+        download(size, path)
     out, source = args.out or os.path.join("models", f"{name}.pt"), os.path.abspath(path)
     if os.path.exists(out) and load_checkpoint(out)[1].get("source") != source:
         raise InputError(f"{out} exists and was not made from {path}; --out names another file")

@@ -5,6 +5,7 @@
 """
 import argparse
 import codecs
+import math
 import os
 import sys
 import time
@@ -35,16 +36,14 @@ args = parser.parse_args()
 if args.num_beams and args.num_samples > 1:
     raise InputError(f"--num_samples={args.num_samples}: beam search gives one text")
 if not os.path.exists(args.checkpoint):
-    raise InputError(f"--checkpoint={args.checkpoint}: no such file; train one (python train.py) "
-                     "or fetch OpenAI's (python load_gpt2.py 124M)")
+    raise InputError(f"{args.checkpoint} is not there: run train.py, or load_gpt2.py 124M, first")
 prompt = args.start
 if prompt == "-" or prompt.startswith("FILE:"):
     path = 0 if prompt == "-" else os.path.expanduser(prompt.removeprefix("FILE:"))
     with open(path, "rb") as file:  # 0 is standard input
         prompt = decode_utf8(file.read(), f"--start={args.start}").removesuffix("\n")
-if prompt[-1:].isspace():
-    print("warning: the prompt ends in white space; GPT-2's tokens begin with their space, so the "
-          "text may derail", file=sys.stderr)
+if prompt[-1:].isspace():  # GPT-2's tokens begin with their space, and find it taken
+    print("warning: the prompt ends in white space, and the text may derail", file=sys.stderr)
 
 # Training needs float32 weights, because it adds up many small steps. Here bfloat16 is enough.
 device, dtype = choose_device(args.device, args.dtype)
@@ -53,8 +52,9 @@ if model.config.vocab_size != END_OF_TEXT + 1:
     raise InputError(f"{args.checkpoint} has {model.config.vocab_size} tokens that are not GPT-2's")
 if not all(weight.isfinite().all() for weight in model.to(device, dtype).parameters()):
     raise InputError(f"{args.checkpoint} has weights that are not finite in {dtype}: take another")
-print(f"{args.checkpoint}: step {state.get('step')}, validation loss {state.get('val_loss')}, "
-      f"{device}, {dtype}", file=sys.stderr)
+loss = state.get("val_loss") or math.nan  # not every checkpoint has one
+print(f"{args.checkpoint}: step {state.get('step')}, validation loss {loss:.4f}, {device}, {dtype}",
+      file=sys.stderr)
 
 tokenizer, block_size = get_tokenizer(), model.config.block_size
 ids = encode(prompt) or [END_OF_TEXT]

@@ -113,10 +113,12 @@ def starting_point():
     elif "init_from" in args:
         path = args.init_from
         model, _ = load_checkpoint(path)
-        saved = {k: v for k, v in vars(model.config).items() if k not in ("block_size", "dropout")}
+        names = ("vocab_size", "n_layer", "n_head", "n_embd", "bias")
+        saved = {name: getattr(model.config, name) for name in names}
     parser.set_defaults(**saved)  # a flag that is given replaces what the checkpoint says
     args = parser.parse_args()
-    args.data, args.vocab_size = os.path.abspath(args.data), GPTConfig.vocab_size
+    args.data = os.path.abspath(args.data)
+    args.vocab_size = GPTConfig.vocab_size  # GPT-2's tokens are the only ones here
     args.windows_per_step = args.batch_size * args.gradient_accumulation_steps * PROCESSES
     if "min_lr" not in args:
         args.min_lr = args.learning_rate / 10
@@ -124,7 +126,7 @@ def starting_point():
         args.lr_decay_iters = args.max_iters
     if args.resume and args.dtype == "auto":
         args.dtype = saved["dtype"]  # what auto was then
-    changed = [f"{name}={getattr(args, name)} for {value}" for name, value in saved.items()
+    changed = [f"{name}={getattr(args, name)} instead of {value}" for name, value in saved.items()
                if name not in MAY_CHANGE and getattr(args, name) != value]
     if changed:
         raise InputError(f"{path} cannot go on with {', '.join(changed)} (windows_per_step is "
@@ -135,8 +137,8 @@ def starting_point():
 
 
 # ---- Text to tokens ------------------------------------------------------------------------------
-# What is white space to GPT-2's pattern. To Python, four control characters are white space too.
-WHITE_SPACE = "".join(set(filter(str.isspace, map(chr, range(0x3001)))) - set("\x1c\x1d\x1e\x1f"))
+# GPT-2's pattern knows this white space, up to U+3000. To Python, \x1c to \x1f are white space too.
+WHITE_SPACE = "".join(c for c in map(chr, range(12289)) if c.isspace() and not 28 <= ord(c) <= 31)
 
 
 def read_text(files):
@@ -183,10 +185,10 @@ def tokenize(path, folder, block_size):
     key = sha.hexdigest()[:16]
     if kept_tokens(folder, key) is None:
         os.makedirs(folder, exist_ok=True)
-        part = os.path.join(folder, f"tokens-{key}.{os.getpid()}")
+        nameless = os.path.join(folder, f"tokens-{key}.{os.getpid()}")  # n is not known yet
         to_ids = functools.partial(get_tokenizer().encode_to_numpy, allowed_special="all")
         texts = read_text(files)
-        with whole_file(part) as file, concurrent.futures.ThreadPoolExecutor() as pool:
+        with whole_file(nameless) as file, concurrent.futures.ThreadPoolExecutor() as pool:
             while group := list(itertools.islice(texts, 16)):
                 for ids in pool.map(to_ids, group):  # tiktoken lets threads work side by side
                     file.write(ids.astype(np.uint16))
@@ -194,7 +196,7 @@ def tokenize(path, folder, block_size):
                 say(f"{n:,} tokens", end="\r")
             say()
             split(n, path, block_size)  # a text that is too short leaves no file
-        os.replace(part, os.path.join(folder, f"tokens-{key}-{n}.bin"))
+        os.replace(nameless, os.path.join(folder, f"tokens-{key}-{n}.bin"))
     return kept_tokens(folder, key), key
 
 
@@ -210,7 +212,8 @@ def load_tokens(path, folder, block_size, key=None):
     if (size := os.path.getsize(path)) == 0 or size % 2:
         raise InputError(f"--data={path}: {size} bytes are no uint16 tokens, of two bytes each")
     tokens = np.memmap(path, dtype=np.uint16, mode="r")
-    if tokens[:3].tobytes() == b"\x93NUMPY" or not tokens[1::2].any():
+    wider = not tokens[1::2].any()  # the upper halves of 32-bit integers are all 0
+    if wider or tokens[:3].tobytes() == b"\x93NUMPY":
         raise InputError(f"--data={path}: .npy or wider integers; bare uint16 tokens are needed")
     if tokens.max() > END_OF_TEXT:
         raise InputError(f"--data={path}: token {tokens.argmax()} is {tokens.max()}, not GPT-2's")
@@ -235,8 +238,8 @@ def shuffled(n_windows, seed, epoch):
 
 
 def windows_of(step, micro, args, n_windows):
-    """The numbers of the windows in a micro-batch. They depend on seed, step and micro alone: no
-    state has to be saved, and a resumed run reads what it would have read."""
+    """The numbers of the windows in a micro-batch, a pure function of seed, step and micro: there
+    is no state to save, and a resumed run reads what it would have read."""
     first = step * args.windows_per_step + micro * args.batch_size  # so many were read before
     return [int(shuffled(n_windows, args.seed, i // n_windows)[i % n_windows])
             for i in range(first, first + args.batch_size)]
@@ -389,7 +392,7 @@ if __name__ == "__main__":
     ckpt_path, best_path, log_path, plot_path = (
         os.path.join(args.out_dir, name) for name in ("ckpt.pt", "best.pt", "log.csv", "loss.png"))
     best = state.get("best", {"step": 0, "val_loss": math.inf})
-    log = state.get("log", [])  # the rows up to the checkpoint; those after it come again
+    log = state.get("log", [])  # its rows, up to the checkpoint; later ones will be made again
     if RANK == 0:
         os.makedirs(args.out_dir, exist_ok=True)
         lock = filelock.FileLock(os.path.join(args.out_dir, "lock"), is_singleton=True)
@@ -448,12 +451,14 @@ if __name__ == "__main__":
         with contextlib.suppress(OSError):  # not by print, which the signal may have interrupted
             os.write(2, b"finishing the step, then saving; once more ends it without saving\n")
 
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows lacks one
-        if signal.getsignal(number := getattr(signal, name)) != signal.SIG_IGN:  # as nohup does
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, finish)
 
-    row, stop, step_seconds, V = {"iter": 0, "tokens": 0}, False, [], model.config.vocab_size
-    say(f"a blind guess costs a loss of ln({V}) = {math.log(V):.4f}")
+    say(f"a blind guess costs a loss of ln({args.vocab_size}) = {math.log(args.vocab_size):.4f}")
+    row, stop = {"iter": 0, "tokens": 0}, False
+    step_seconds = []  # of the steps since the last row
     while True:
         # `step` steps are done. Evaluate, record, save and sample if that is due and the checkpoint
         # that was loaded has not got it already. Then train for one more step.
@@ -487,7 +492,7 @@ if __name__ == "__main__":
             # Dropout, too, depends on seed, step and micro alone.
             seed = np.random.default_rng((args.seed, step, micro)).integers(2**63)
             torch.manual_seed(int(seed))
-            # Gradients of micro-batches add up here. DDP exchanges them with the last one.
+            # Gradients of micro-batches add up here. DDP, if any, exchanges them with the last one.
             trained.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
             with autocast:
                 micro_loss = trained(inputs, targets)
@@ -500,7 +505,7 @@ if __name__ == "__main__":
         # that length. The norm is its length before.
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
         loss, stop = sum_over_processes(loss.item() / PROCESSES, len(caught))
-        # When float16 overflows, the scaler leaves the step out and multiplies by less.
+        # When float16 overflows, the scaler leaves the step out and multiplies by less, down to 1.
         may_overflow = scaler.is_enabled() and scaler.get_scale() > 1
         stop_unless_finite(loss, 0.0 if may_overflow else norm.item())
         scaler.step(optimizer)
@@ -516,7 +521,7 @@ if __name__ == "__main__":
         dist.destroy_process_group()
     if stop and step < args.max_iters:
         say(f"stopped and saved at step {step}; go on with --resume --out_dir={args.out_dir}")
-        sys.exit(128 + (caught or [signal.SIGTERM])[0])  # as shells do
+        sys.exit(128 + (caught or [signal.SIGTERM])[0])  # as shells do; others may have caught it
     say(f"{ckpt_path} has step {step}; {best_path} has step {best['step']}, with the lowest "
         f"validation loss, {best['val_loss']:.4f}; {plot_path} shows the losses\n"
         f"next: python sample.py --checkpoint={best_path} --start \"{args.start}\"")
