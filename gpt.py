@@ -49,7 +49,7 @@ def attend(q, k, v, dropout_p=0.0):
         return dropout(weights, dropout_p) @ v  # as F.dropout, made faster further down
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
-    # is_causal would put query 0 beside key 0.
+    # is_causal, the same mask without reading it, would put query 0 beside key 0.
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
 
 
@@ -73,7 +73,7 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         # A model with rotary positions would turn q and k here, and need no wpe.
-        if cache:  # only while generating, see KVCache
+        if cache:  # this layer's, only while generating: see KVCache
             k, v = cache.append(k, v)  # (B, H, S, D)
         y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
@@ -177,7 +177,7 @@ class KVCache:
     def __init__(self, model, batch_size):
         config = model.config
         shape = (2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.k, self.v = model.wte.weight.new_zeros(shape)  # both (B, H, block_size, D)
+        self.k, self.v = model.wte.weight.new_zeros(shape)  # each (B, H, block_size, D)
         self.length = 0  # how many tokens it holds
 
     def append(self, k, v):
@@ -258,7 +258,7 @@ VOCAB_PATH = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data", "
 END_OF_TEXT = 50256  # <|endoftext|>, which stood between the documents GPT-2 was trained on
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 # vocab.bpe spells 188 bytes with their own visible character, and the others with the characters
-# from chr(256) on; a space is chr(288). Token i < 256 is the i-th byte of SPELLING.
+# from chr(256) on; a space is chr(288). Token i < 256 is the i-th key of SPELLING.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = sorted(set(range(256)) - set(VISIBLE))
 SPELLING = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
@@ -308,6 +308,9 @@ def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
     that ends with stop_token is set aside, and wins if no mean is higher."""
     assert not model.training, "call model.eval() first, or dropout spoils the text"
     V = model.config.vocab_size
+    if idx.shape[1] + max_new_tokens > model.config.block_size:
+        raise InputError(f"{idx.shape[1]} + {max_new_tokens} tokens are too many for beam search, "
+                         f"which has one window of {model.config.block_size}")
     cache = [KVCache(model, num_beams) for _ in model.h]
     unseen, beams = idx.expand(num_beams, -1), idx.new_empty(num_beams, 0)  # (N, T), (N, n)
     scores = torch.full((num_beams,), -math.inf, device=idx.device)  # (N,), log-probabilities
@@ -327,10 +330,10 @@ def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
         for layer in cache:  # one beam may have several successors, another none
             layer.k[:, :, : layer.length] = layer.k[rows, :, : layer.length]
             layer.v[:, :, : layer.length] = layer.v[rows, :, : layer.length]
-        # A score only falls, so scores[0] / max_new_tokens is the best mean a beam can still reach.
+        # Scores are negative and fall: the best mean left to reach is scores[0] / max_new_tokens.
         if best_mean >= scores[0] / max_new_tokens:
-            break
-    return best if best_mean >= scores[0] / max_new_tokens else beams[0]
+            return best
+    return beams[0]
 
 
 # ---- Faster on a CPU -----------------------------------------------------------------------------
@@ -340,7 +343,7 @@ def dropout(x, p, training=True):
     if not training or p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
     # PyTorch draws one number for each element. NumPy draws 64 bits at a time, which serve four. 16
-    # bits, read as int16, are a number from -32768 to 32767. The lowest of them drop the element.
+    # bits, read as int16, are a number from -32768 to 32767. The lowest numbers drop their element.
     seed = int(torch.randint(2**62, ()))  # torch.manual_seed decides here too
     generator, count = np.random.Generator(np.random.SFC64(seed)), x.numel() // 4 + 1
     words = generator.integers(0, 2**64, count, dtype=np.uint64)
@@ -367,7 +370,7 @@ def whole_file(path):
                 warnings.warn(f"{path}: this drive does not confirm writes", stacklevel=2)
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:
-        hidden = isinstance(error, RuntimeError) and error.__context__  # the cause, to torch.save
+        hidden = isinstance(error, RuntimeError) and error.__context__  # by torch.save's own
         raise InputError(f"{path} could not be written: {one_line(hidden or error)}") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -419,7 +422,7 @@ def command_line(description):
     script with one line on standard error and status 2. Other errors show their traceback."""
     parser = argparse.ArgumentParser(description=description.partition("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    stderr = sys.stderr  # torch.distributed replaces it while it calls the hook
+    stderr = sys.stderr  # torch.distributed swaps sys.stderr while it calls show
 
     def complain(message):
         raise InputError(f"{message}; --help lists the flags")
@@ -433,7 +436,7 @@ def command_line(description):
         if getattr(error, "filename", None) is not None:
             message = f"{error.filename!r}: {message}"
         memory = kind.__name__ == "OutOfMemoryError" or "allocate memory" in message
-        compiler = kind.__module__.startswith("torch._")
+        compiler = kind.__module__.startswith("torch._")  # torch._dynamo and torch._inductor
         if not (issubclass(kind, (InputError, OSError)) or memory or compiler):
             return sys.__excepthook__(kind, error, trace)
         print(f"{parser.prog}: error: {message}", file=stderr, flush=True)

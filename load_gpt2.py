@@ -107,9 +107,8 @@ def read_hugging_face(path):
     # Older files hold attention's masks too.
     weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()
                if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-    head = weights.pop("lm_head.weight", weights.get("wte.weight"))
-    weights.setdefault("wte.weight", head)
-    if head is not None and not torch.equal(head, weights["wte.weight"]):
+    head = weights.pop("lm_head.weight", None)  # wte.weight again, or instead
+    if head is not None and not torch.equal(head, weights.setdefault("wte.weight", head)):
         raise InputError(f"{path}: lm_head.weight is not wte.weight, and GPT-2 has one for both")
 
     path = os.path.join(folder, "config.json")
@@ -170,15 +169,16 @@ def fetch(url, target):
     try:
         response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # part is not a part of that file, since it is no shorter
+        if error.code == 416:  # what is in part is longer than the file, so not of it
             os.remove(part)
         raise
     with response:
-        if "html" in response.headers.get("Content-Type", "html"):
-            raise OSError("the answer is a web page")
+        length = response.headers.get("Content-Length")
+        if not length or "html" in response.headers.get("Content-Type", ""):
+            raise OSError("the answer is a web page or has no length")
         if response.status != 206:  # a server that cannot go on sends all
             have = 0
-        total = have + int(response.headers["Content-Length"])
+        total = have + int(length)
         with open(part, "ab" if have else "wb") as file:
             while chunk := response.read(1 << 20):
                 file.write(chunk)
@@ -204,9 +204,9 @@ def export(path, folder):
         if not config.bias and name.endswith(".weight") and "wte" not in name and "wpe" not in name:
             tensors[name.replace("weight", "bias")] = torch.zeros(len(weight))  # theirs has one
     contents = {}  # data/export has what is the same for every model
-    for path in glob.glob(os.path.join(os.path.dirname(VOCAB_PATH), "export", "*.json")):
-        with open(path, encoding="utf-8") as file:
-            contents[os.path.basename(path)] = json.load(file)
+    for template in glob.glob(os.path.join(os.path.dirname(VOCAB_PATH), "export", "*.json")):
+        with open(template, encoding="utf-8") as file:
+            contents[os.path.basename(template)] = json.load(file)
     T, p = config.block_size, config.dropout
     contents["config.json"] |= {
         "vocab_size": config.vocab_size, "n_positions": T, "n_ctx": T, "n_embd": config.n_embd,
@@ -244,8 +244,8 @@ if __name__ == "__main__":
     parser.formatter_class = argparse.HelpFormatter  # no defaults to show
     parser.add_argument("source", nargs="?", help="a size, a folder or a .safetensors file")
     parser.add_argument("--export", nargs=2, metavar=("CHECKPOINT", "FOLDER"), help="the way back")
-    parser.add_argument("--out", help="the checkpoint to write (default: models/gpt2-SIZE.pt or "
-                        "models/FOLDER.pt)")
+    parser.add_argument("--out", type=os.path.expanduser,
+                        help="the checkpoint to write (default: models/NAME.pt)")
     args = parser.parse_args()
     if bool(args.source) == bool(args.export) or (args.export and args.out):
         parser.error("either a source, perhaps with --out, or --export is needed")

@@ -50,7 +50,8 @@ device, dtype = choose_device(args.device, args.dtype)
 model, state = load_checkpoint(args.checkpoint)
 if model.config.vocab_size != END_OF_TEXT + 1:
     raise InputError(f"{args.checkpoint} has {model.config.vocab_size} tokens that are not GPT-2's")
-if not all(weight.isfinite().all() for weight in model.to(device, dtype).parameters()):
+model.to(device, dtype)
+if not all(weight.isfinite().all() for weight in model.parameters()):
     raise InputError(f"{args.checkpoint} has weights that are not finite in {dtype}: take another")
 loss = state.get("val_loss") or math.nan  # not every checkpoint has one
 print(f"{args.checkpoint}: step {state.get('step')}, validation loss {loss:.4f}, {device}, {dtype}",

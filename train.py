@@ -52,10 +52,11 @@ def say(*words, stream="stdout", **options):
 def flags():
     """The command line's parser. A flag that nanoGPT has too is named as there."""
     parser, path = command_line(__doc__), os.path.expanduser
-    on_off, unset = argparse.BooleanOptionalAction, argparse.SUPPRESS
+    on_off, unset = argparse.BooleanOptionalAction, argparse.SUPPRESS  # unset: not in args
     flag = parser.add_argument_group("what to read and write").add_argument
     flag("--data", type=path, default=STORY, help="a UTF-8 file, a folder of .txt, or a .bin")
     flag("--out_dir", type=path, default="out", help="where all results go")
+    flag = parser.add_mutually_exclusive_group().add_argument
     flag("--resume", action="store_true", help="go on with the run in out_dir, with its flags")
     flag("--init_from", type=path, default=unset, help="a checkpoint whose weights start a new run")
     flag = parser.add_argument_group("model").add_argument
@@ -125,7 +126,7 @@ def starting_point():
     if "lr_decay_iters" not in args:
         args.lr_decay_iters = args.max_iters
     if args.resume and args.dtype == "auto":
-        args.dtype = saved["dtype"]  # what auto was then
+        args.dtype = saved["dtype"]  # auto, if typed, is what it was then
     changed = [f"{name}={getattr(args, name)} instead of {value}" for name, value in saved.items()
                if name not in MAY_CHANGE and getattr(args, name) != value]
     if changed:
@@ -203,8 +204,7 @@ def tokenize(path, folder, block_size):
 def load_tokens(path, folder, block_size, key=None):
     """--data -> as tokenize. A run with a key goes on without its text if folder has the tokens."""
     if not os.path.exists(path):
-        tokens = kept_tokens(folder, key)
-        if tokens is None:
+        if (tokens := kept_tokens(folder, key)) is None:
             raise InputError(f"--data={path}: no such file or folder; --data=NEW says where it is")
         return tokens, key
     if not path.endswith(".bin"):
@@ -315,7 +315,8 @@ def plot(log, tokens_per_step, path):
 # ---- The script ----------------------------------------------------------------------------------
 if __name__ == "__main__":
     args, start_model, state = starting_point()
-    step, saved_at = state.get("step", 0), state.get("step", -1)
+    step = state.get("step", 0)
+    saved_at = state.get("step", -1)  # the step that ckpt.pt has, or -1
     if saved_at >= args.max_iters:
         say(f"nothing to do: {args.out_dir} is at step {step}; a higher --max_iters goes on")
         sys.exit()
@@ -413,10 +414,12 @@ if __name__ == "__main__":
                 log_csv.writerow(row)
             except OSError as error:
                 raise InputError(f"{log_path} could not be written: {one_line(error)}") from error
-        left = int((args.max_iters - step) * sum(step_seconds) / max(1, len(step_seconds)))
-        say(" | ".join(f"{name} {value:.5g}" for name, value in row.items()),
-            f"| {datetime.timedelta(seconds=left)} left")
-        step_seconds.clear()
+        line = [f"{name} {value:.6g}" for name, value in row.items() if name != "tokens"]
+        if step_seconds:
+            left = (args.max_iters - step) * sum(step_seconds) / len(step_seconds)
+            line.append(f"{datetime.timedelta(seconds=int(left))} left")
+            step_seconds.clear()
+        say(" | ".join(line))
 
     def save(row):
         if RANK > 0:
@@ -438,26 +441,26 @@ if __name__ == "__main__":
 
     def stop_unless_finite(*values):
         if not all(map(math.isfinite, values)):
-            say(f"train.py: error: not finite at step {step}: {values}, lr {row.get('lr')}, "
-                f"{args.dtype}; {ckpt_path} has step {saved_at}: start anew from it (--init_from)"
-                " with a lower --learning_rate", stream="stderr")
+            say(f"train.py: error: not finite at step {step}: {values}, learning rate "
+                f"{learning_rate(step, args):.2e}, {args.dtype}; {ckpt_path} has step {saved_at}, for "
+                "--init_from with a lower --learning_rate", stream="stderr")
             sys.exit(1)
 
     caught = []  # signals: the first ends the training after the step, the second at once
 
-    def finish(number, _):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
+    def finish(signum, _):
+        caught.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # not by print, which the signal may have interrupted
             os.write(2, b"finishing the step, then saving; once more ends it without saving\n")
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, finish)
+        signum = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(signum, finish)
 
     say(f"a blind guess costs a loss of ln({args.vocab_size}) = {math.log(args.vocab_size):.4f}")
-    row, stop = {"iter": 0, "tokens": 0}, False
+    row, stop = {"iter": 0, "tokens": 0}, False  # the row of a new run's step 0
     step_seconds = []  # of the steps since the last row
     while True:
         # `step` steps are done. Evaluate, record, save and sample if that is due and the checkpoint
@@ -504,7 +507,7 @@ if __name__ == "__main__":
         # One odd batch must not throw the weights far: a gradient longer than grad_clip is cut to
         # that length. The norm is its length before.
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
-        loss, stop = sum_over_processes(loss.item() / PROCESSES, len(caught))
+        loss, stop = sum_over_processes(loss.item() / PROCESSES, len(caught))  # stop: if any caught
         # When float16 overflows, the scaler leaves the step out and multiplies by less, down to 1.
         may_overflow = scaler.is_enabled() and scaler.get_scale() > 1
         stop_unless_finite(loss, 0.0 if may_overflow else norm.item())
