@@ -442,8 +442,8 @@ if __name__ == "__main__":
     def stop_unless_finite(*values):
         if not all(map(math.isfinite, values)):
             say(f"train.py: error: not finite at step {step}: {values}, learning rate "
-                f"{learning_rate(step, args):.2e}, {args.dtype}; {ckpt_path} has step {saved_at}, for "
-                "--init_from with a lower --learning_rate", stream="stderr")
+                f"{learning_rate(step, args):.2e}, {args.dtype}; {ckpt_path} has step {saved_at}, "
+                "which --init_from can start from, with a lower --learning_rate", stream="stderr")
             sys.exit(1)
 
     caught = []  # signals: the first ends the training after the step, the second at once
