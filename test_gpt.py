@@ -668,7 +668,7 @@ FAULTS = (  # what users of such projects met: flags of train.py, and what the m
     ("--data=bare.txt", "bare.txt: byte 1 "), ("--data=nul.txt", f"nul.txt: byte {2**21 + 3} "),
     ("--data=short.txt", "108 .*13 .*--block_size=32 .*12$"), ("--data=odd.bin", "3 bytes"),
     ("--data=empty.bin", "0 bytes"), ("--data=high.bin", "token 2 is 50257"),
-    ("--data=x32.bin", "uint16"), ("--data=x64.bin", "uint16"), ("--data=npy.bin", "npy"),
+    ("--data=x32.bin", "uint16"), ("--data=x64.bin", "uint16"), ("--data=npy.bin", "uint16"),
     ("--batchsize=2", "--batchsize"), ("--learning_rate=nan", "nan"), ("--dropout=1", "t: 1:"),
     ("--device=cuda:99", "cuda:99"), ("--dtype=float16", "float16"), ("--resume", "out.ckpt.pt"),
     ("--out_dir=latin.txt", "latin.txt"), ("--init_from=page.pt", "page.pt"),
