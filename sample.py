@@ -5,7 +5,6 @@
 """
 import argparse
 import codecs
-import math
 import os
 import sys
 import time
@@ -53,7 +52,7 @@ if model.config.vocab_size != END_OF_TEXT + 1:
 model.to(device, dtype)
 if not all(weight.isfinite().all() for weight in model.parameters()):
     raise InputError(f"{args.checkpoint} has weights that are not finite in {dtype}: take another")
-loss = state.get("val_loss") or math.nan  # not every checkpoint has one
+loss = state.get("val_loss") or float("nan")  # not every checkpoint has one
 print(f"{args.checkpoint}: step {state.get('step')}, validation loss {loss:.4f}, {device}, {dtype}",
       file=sys.stderr)
 
