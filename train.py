@@ -83,8 +83,7 @@ def flags():
     flag("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="of all that is random")
     flag = parser.add_argument_group("evaluation").add_argument
     flag("--eval_interval", type=number(int, 1), default=30, help="steps between evaluations")
-    flag("--eval_iters", type=number(int, 1), default=20,
-         help="evaluate on as many windows of each split as this many steps read")
+    flag("--eval_iters", type=number(int, 1), default=20, help="evaluate on this many steps' data")
     flag("--log_interval", type=number(int, 1), default=10, help="steps between printed lines")
     flag("--start", default="Every effort moves you", help="the prompt of the samples")
     flag = parser.add_argument_group("machine").add_argument
