@@ -520,6 +520,7 @@ if __name__ == "__main__":
                "grad_norm": norm.item(), "tokens_per_s": speed}
 
     if PROCESSES > 1:
+        dist.barrier()  # process 0 may still be saving, and one that leaves before it may crash
         dist.destroy_process_group()
     if stop and step < args.max_iters:
         say(f"stopped and saved at step {step}; go on with --resume --out_dir={args.out_dir}")
