@@ -370,8 +370,9 @@ def whole_file(path):
                 warnings.warn(f"{path}: this drive does not confirm writes", stacklevel=2)
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:
-        hidden = isinstance(error, RuntimeError) and error.__context__  # by torch.save's own
-        raise InputError(f"{path} could not be written: {one_line(hidden or error)}") from error
+        # torch.save raises an error of its own, and keeps the system's, which says why, as context.
+        cause = error.__context__ if isinstance(error, RuntimeError) else None
+        raise InputError(f"{path} could not be written: {one_line(cause or error)}") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(path + ".tmp")
@@ -431,7 +432,7 @@ def command_line(description):
         message = one_line(error)
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(5)  # rank 0 mostly meets the same error and says it; then torchrun ends all
-        if kind in (BrokenPipeError, KeyboardInterrupt):  # nobody reads the output any more
+        if kind in (BrokenPipeError, KeyboardInterrupt):  # the reader left, or Ctrl-C
             os._exit(130)
         if getattr(error, "filename", None) is not None:
             message = f"{error.filename!r}: {message}"

@@ -52,9 +52,8 @@ if model.config.vocab_size != END_OF_TEXT + 1:
 model.to(device, dtype)
 if not all(weight.isfinite().all() for weight in model.parameters()):
     raise InputError(f"{args.checkpoint} has weights that are not finite in {dtype}: take another")
-loss = state.get("val_loss") or float("nan")  # not every checkpoint has one
-print(f"{args.checkpoint}: step {state.get('step')}, validation loss {loss:.4f}, {device}, {dtype}",
-      file=sys.stderr)
+loss = f"validation loss {state['val_loss']:.4f}, " if state.get("val_loss") else ""
+print(f"{args.checkpoint}: step {state.get('step')}, {loss}{device}, {dtype}", file=sys.stderr)
 
 tokenizer, block_size = get_tokenizer(), model.config.block_size
 ids = encode(prompt) or [END_OF_TEXT]

@@ -41,7 +41,6 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
             "--no-python")
 posix = pytest.mark.skipif(os.name == "nt", reason="signals, links and modes differ there")
 
-# ---- Helpers -----------------------------------------------------------------------------------
 def start(script, *flags, before=(), **options):
     """A script as a process of its own."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -104,6 +103,7 @@ def same_run(a, b):
     """Asserts that weights, optimizer state and every logged step of two runs are equal."""
     for name in ("iter", "loss", "lr", "grad_norm"):
         assert column(a, name) == column(b, name), name
+    assert column(a, "val_loss")[-1] == column(b, "val_loss")[-1]
     (model_a, state_a), (model_b, state_b) = load(a), load(b)
     same(model_a, model_b)
     same(state_a["optimizer"], state_b["optimizer"])
@@ -119,7 +119,6 @@ def tiny(seed=0, **changes):
     return model
 
 # ---- The oracle: GPT-2 in numpy float64, from the paper and the layout of OpenAI's variables ----
-
 def oracle(weights, n_head, tokens):
     """weights {OpenAI's name: float64 array}, tokens (T,) -> logits (T, V)."""
     def norm(x, name):
@@ -240,7 +239,6 @@ def test_cached_logits_equal_uncached(pieces):
     torch.testing.assert_close(parts, model(idx)[:, last], rtol=1e-4, atol=1e-4)
     refused("17.*16", model, idx[:, :1], cache=cache)
 
-# ---- Sampling ----------------------------------------------------------------------------------
 def generated(*arguments, seed=0, **options):
     """All that generate yields, (B, n)."""
     generator = torch.Generator().manual_seed(seed)
@@ -476,7 +474,6 @@ def test_fine_tuning_and_sampling_from_a_checkpoint_by_the_version_before(run, t
     main("sample.py", f"--checkpoint={tmp_path / 'ckpt.pt'}", "--start=Ivy", "--max_new_tokens=3")
     assert "\nIvy" in capsys.readouterr().out
 
-# ---- Text to tokens ----------------------------------------------------------------------------
 class Lines(io.BytesIO):
     def readlines(self, _):
         return super().readlines(50)  # in parts of 50 bytes, not a million
@@ -521,7 +518,6 @@ def test_a_run_goes_on_without_its_text_or_says_how(tmp_path):
     refused("my.txt.*--data=", train_in, tmp_path / "out", "--resume --max_iters=3")
     train_in(tmp_path / "out", f"--resume --max_iters=3 --data={tmp_path / 'moved.txt'}")
 
-# ---- Nothing lost ------------------------------------------------------------------------------
 @posix
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capfd, number):
@@ -624,6 +620,8 @@ def test_a_save_that_fails_keeps_the_old_file_and_says_why(tmp_path, monkeypatch
         refused("x.pt .*No space left on device", gpt.save_checkpoint, path, tiny(3))
         assert os.listdir(tmp_path) == ["x.pt"]
         same(load(path)[0], tiny(2))
+        os.symlink("/dev/full", tmp_path / "log.csv")
+        refused("log.csv .*No space left", train_in, tmp_path, "--max_iters=0")
 
     def refuse(_):  # as some network drives do
         raise OSError(errno.EINVAL, "Invalid argument")
@@ -680,7 +678,7 @@ FAULTS = (  # what users of such projects met: flags of train.py, and what the m
     ("sample.py --checkpoint=nan.pt", "not finite"), ("load_gpt2.py", "--export"),
     (f"sample.py --checkpoint=small.pt --num_beams=2 --start='{17 * ' x'}'", "17.*16"))
 
-def test_faults_get_one_line_and_leave_nothing(tmp_path, monkeypatch):
+def test_faults_get_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, content in FILES.items():
         pathlib.Path(name).write_bytes(content)
@@ -700,6 +698,9 @@ def test_faults_get_one_line_and_leave_nothing(tmp_path, monkeypatch):
         message = f"{getattr(caught.value, 'filename', None)}: {caught.value}"
         assert re.search(words, message) and "\n" not in message, (line, message)
         assert not os.path.exists("out") or os.listdir("out") == [], line
+    for script in ("sample.py", "load_gpt2.py", "train.py"):
+        main(script, "--help")
+    assert not re.search("None|exit\n +--", capsys.readouterr().out)  # a flag outside the groups
     _, err = end(start("train.py", "--data=empty.txt", *SMALL), status=2)
     assert err.startswith("train.py: error: --data=") and err.count("\n") == 1
 
@@ -920,7 +921,6 @@ def test_download(tmp_path, monkeypatch):
     server.server_close()
     refused("hparams.json came.*by hand", load_gpt2.download, "124M", str(tmp_path / "6"))
 
-# ---- README.md ---------------------------------------------------------------------------------
 def test_every_command_of_the_readme(tmp_path, monkeypatch):
     """In their order, in one folder, on small models; pip, pytest and curl are left out."""
     readme = pathlib.Path(HERE, "README.md").read_text("utf-8")

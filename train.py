@@ -53,10 +53,11 @@ def flags():
     """The command line's parser. A flag that nanoGPT has too is named as there."""
     parser, path = command_line(__doc__), os.path.expanduser
     on_off, unset = argparse.BooleanOptionalAction, argparse.SUPPRESS  # unset: not in args
-    flag = parser.add_argument_group("what to read and write").add_argument
-    flag("--data", type=path, default=STORY, help="a UTF-8 file, a folder of .txt, or a .bin")
-    flag("--out_dir", type=path, default="out", help="where all results go")
-    flag = parser.add_mutually_exclusive_group().add_argument
+    files = parser.add_argument_group("what to read and write")
+    files.add_argument("--data", type=path, default=STORY,
+                       help="a UTF-8 text file, a folder of .txt files, or a .bin of uint16 tokens")
+    files.add_argument("--out_dir", type=path, default="out", help="where all results go")
+    flag = files.add_mutually_exclusive_group().add_argument
     flag("--resume", action="store_true", help="go on with the run in out_dir, with its flags")
     flag("--init_from", type=path, default=unset, help="a checkpoint whose weights start a new run")
     flag = parser.add_argument_group("model").add_argument
@@ -71,19 +72,21 @@ def flags():
     flag("--batch_size", type=number(int, 1), default=2, help="windows computed at once")
     flag("--gradient_accumulation_steps", type=number(int, 1), default=1, help="batches in a step")
     flag("--learning_rate", type=number(float, 1e-12), default=4e-4, help="the highest rate")
-    flag("--min_lr", type=number(float, 0), default=unset, help="lowest (default: a tenth of that)")
+    flag("--min_lr", type=number(float, 0), default=unset,
+         help="the lowest rate (default: a tenth of learning_rate)")
     flag("--warmup_iters", type=number(int, 0), default=30, help="steps in which the rate rises")
     flag("--lr_decay_iters", type=number(int, 0), default=unset,
          help="steps until the lowest rate (default: max_iters as first given)")
     flag("--weight_decay", type=number(float, 0), default=0.1, help="how fast weights shrink")
     # AdamW averages about 1 / (1 - beta) gradients. In 150 steps, 5 teach more than the usual 10.
-    flag("--beta1", type=number(float, 0, 0.9999), default=0.8, help="memory for gradients")
-    flag("--beta2", type=number(float, 0, 0.9999), default=0.95, help="memory for their squares")
+    flag("--beta1", type=number(float, 0, 0.9999), default=0.8, help="AdamW's memory of gradients")
+    flag("--beta2", type=number(float, 0, 0.9999), default=0.95, help="memory of gradients squared")
     flag("--grad_clip", type=number(float, 0), default=1.0, help="longest gradient; 0: any length")
-    flag("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="of all that is random")
+    flag("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="decides all that is random")
     flag = parser.add_argument_group("evaluation").add_argument
     flag("--eval_interval", type=number(int, 1), default=30, help="steps between evaluations")
-    flag("--eval_iters", type=number(int, 1), default=20, help="evaluate on this many steps' data")
+    flag("--eval_iters", type=number(int, 1), default=20,
+         help="evaluate on as much of each split as this many steps read")
     flag("--log_interval", type=number(int, 1), default=10, help="steps between printed lines")
     flag("--start", default="Every effort moves you", help="the prompt of the samples")
     flag = parser.add_argument_group("machine").add_argument
@@ -109,7 +112,7 @@ def starting_point():
             raise InputError(f"{path} has weights but no run: start a new one with --init_from")
         saved = state["args"] | {"out_dir": args.out_dir}
     elif os.path.exists(path):
-        raise InputError(f"{path} is there: give --resume, or another --out_dir, or delete it")
+        raise InputError(f"{path} holds a run: give --resume, another --out_dir, or delete it")
     elif "init_from" in args:
         path = args.init_from
         model, _ = load_checkpoint(path)
@@ -132,15 +135,12 @@ def starting_point():
         raise InputError(f"{path} cannot go on with {', '.join(changed)} (windows_per_step is "
                          "batch_size x gradient_accumulation_steps x processes)")
     if model and args.block_size > model.config.block_size:
-        raise InputError(f"--block_size={args.block_size}: {path} has {model.config.block_size}")
+        raise InputError(f"--block_size={args.block_size}: {path} has only "
+                         f"{model.config.block_size} positions")
     return args, model, state
 
 
 # ---- Text to tokens ------------------------------------------------------------------------------
-# GPT-2's pattern knows this white space, up to U+3000. To Python, \x1c to \x1f are white space too.
-WHITE_SPACE = "".join(c for c in map(chr, range(12289)) if c.isspace() and not 28 <= ord(c) <= 31)
-
-
 def read_text(files):
     """Yields the text of the files in parts. Encoded one by one, they give the ids of the whole: a
     part ends before white space, and no token reaches from a visible character into white space."""
@@ -154,7 +154,7 @@ def read_text(files):
         with open(name, "rb") as file:
             while data := b"".join(file.readlines(2**20)):  # whole lines, a megabyte or more
                 text = rest + decode_utf8(data, name, offset)
-                part = text.rstrip(WHITE_SPACE)
+                part = text.rstrip()
                 yield part
                 rest = text[len(part) :]
                 offset += len(data)
@@ -312,6 +312,8 @@ def plot(log, tokens_per_step, path):
 
 
 # ---- The script ----------------------------------------------------------------------------------
+COLUMNS = ("iter", "tokens", "loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s")
+
 if __name__ == "__main__":
     args, start_model, state = starting_point()
     step = state.get("step", 0)
@@ -319,7 +321,8 @@ if __name__ == "__main__":
     if saved_at >= args.max_iters:
         say(f"nothing to do: {args.out_dir} is at step {step}; a higher --max_iters goes on")
         sys.exit()
-    if PROCESSES > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
+    needed = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    if PROCESSES > 1 and not needed <= os.environ.keys():
         raise InputError("WORLD_SIZE is set without torchrun's other variables: use torchrun")
 
     # Device. Matrix products are computed in dtype. Weights, gradients, the x between blocks,
@@ -400,19 +403,19 @@ if __name__ == "__main__":
             lock.acquire(timeout=0)  # the system drops it when this process ends, however it ends
         except filelock.Timeout as error:
             raise InputError(f"--out_dir={args.out_dir}: another train.py is using it") from error
-        log_csv = csv.DictWriter(
-            open(log_path, "w", encoding="utf-8", newline="", buffering=1),
-            ("iter", "tokens", "loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s"))
-        log_csv.writeheader()
-        log_csv.writerows(log)
+        log_csv = csv.DictWriter(open(log_path, "w", encoding="utf-8", newline="", buffering=1),
+                                 COLUMNS, lineterminator="\n")
+
+    def write_log(*rows):
+        if RANK == 0:
+            try:
+                log_csv.writerows(rows)
+            except OSError as error:
+                raise InputError(f"{log_path} could not be written: {one_line(error)}") from error
 
     def record(row):  # to log.csv first: what is shown is in the file
         log.append(row)
-        if RANK == 0:
-            try:
-                log_csv.writerow(row)
-            except OSError as error:
-                raise InputError(f"{log_path} could not be written: {one_line(error)}") from error
+        write_log(row)
         line = [f"{name} {value:.6g}" for name, value in row.items() if name != "tokens"]
         if step_seconds:
             left = (args.max_iters - step) * sum(step_seconds) / len(step_seconds)
@@ -459,6 +462,7 @@ if __name__ == "__main__":
             signal.signal(signum, finish)
 
     say(f"a blind guess costs a loss of ln({args.vocab_size}) = {math.log(args.vocab_size):.4f}")
+    write_log(dict(zip(COLUMNS, COLUMNS)), *log)  # the header, and what a resumed run has
     row, stop = {"iter": 0, "tokens": 0}, False  # the row of a new run's step 0
     step_seconds = []  # of the steps since the last row
     while True:
