@@ -1,10 +1,8 @@
 """GPT-2, the whole model: token ids in, token ids out.
 
 The same forward pass in 30 lines of numpy: `oracle` in test_gpt.py.
-
-The shape of each tensor is written beside it: B sequences of T tokens (S with those that a cache
-holds), C channels a token (n_embd), H attention heads of D = C / H channels each, V tokens in the
-vocabulary.
+Each tensor's shape stands beside it: B sequences of T tokens (S with those that a cache holds), C
+channels a token (n_embd), H heads of D = C / H channels each, V tokens in the vocabulary.
 
 Sources: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), "Attention Is
 All You Need" (Vaswani et al., 2017), and OpenAI's gpt-2/src/model.py for the parameters' names.
@@ -15,7 +13,6 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -29,44 +26,36 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True
 
-
 def attend(q, k, v, dropout_p=0.0):
     """softmax(q @ k.T / sqrt(D) + mask) @ v: every query gets a weighted mean of the values.
-
     The better a key fits the query, the more its value weighs. k and v are (B, H, S, D). q is
     (B, H, T, D), for the last T of the S tokens; without a cache T = S. Returns (B, H, T, D). Each
-    weight is dropped with probability dropout_p.
-    """
+    weight is dropped with probability dropout_p."""
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
     # Query t is token S - T + t. Later keys get -inf, and exp(-inf) = 0: no token sees the future.
     # triu keeps -inf from key S - T + t + 1 on and writes 0 before it.
     mask = q.new_full((T, S), -math.inf).triu(S - T + 1)  # (T, S)
-    if dropout_p > 0 and q.device.type == "cpu":  # where this is faster than PyTorch's own below
-        # A score is a sum of D products and spreads sqrt(D) times as wide as one of them. Without
-        # the division, softmax would give nearly all weight to one key and pass no gradient back.
-        scores = (q / math.sqrt(D)) @ k.transpose(2, 3) + mask  # (B, H, T, S)
-        weights = scores.softmax(dim=-1)  # (B, H, T, S), each row sums to 1
-        return dropout(weights, dropout_p) @ v  # as F.dropout, made faster further down
-    if T == S:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
-    # is_causal, the same mask without reading it, would put query 0 beside key 0.
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
-
+    if dropout_p == 0 or q.device.type != "cpu":  # PyTorch's own is the fastest here
+        causal = T == S  # the same mask without reading it, but it puts query 0 beside key 0
+        return F.scaled_dot_product_attention(q, k, v, None if causal else mask, dropout_p, causal)
+    # A score is a sum of D products and spreads sqrt(D) times as wide as one of them. Without the
+    # division, softmax would give nearly all weight to one key and pass no gradient back.
+    scores = (q / math.sqrt(D)) @ k.transpose(2, 3) + mask  # (B, H, T, S)
+    weights = scores.softmax(dim=-1)  # (B, H, T, S), each row sums to 1
+    return dropout(weights, dropout_p) @ v  # as F.dropout, made faster further down
 
 class CausalSelfAttention(nn.Module):
     """Each token gathers information from itself and the tokens before it.
-
     One softmax weighs the past in one way. H heads of D channels weigh it in H ways at the same
-    cost. c_ is OpenAI's, for convolution: theirs is one token wide, which is a linear layer.
-    """
+    cost. c_ is OpenAI's, for convolution: theirs is one token wide, which is a linear layer."""
 
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise InputError(f"n_embd={config.n_embd} is no multiple of n_head={config.n_head}")
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        C, H = config.n_embd, config.n_head
+        require(C % H == 0, f"n_embd={C} is no multiple of n_head={H}")
+        self.n_head, self.dropout = H, config.dropout
+        self.c_attn = nn.Linear(C, 3 * C, bias=config.bias)
+        self.c_proj = nn.Linear(C, C, bias=config.bias)
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
@@ -78,7 +67,6 @@ class CausalSelfAttention(nn.Module):
         y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
         return dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
-
 
 class MLP(nn.Module):
     """Each token is transformed by itself: to 4C channels, through GELU, and back to C."""
@@ -95,13 +83,10 @@ class MLP(nn.Module):
         x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
         return dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, C)
 
-
 class Block(nn.Module):
     """Attention, then MLP. Each reads a normalised x and adds its result to x.
-
     The sums give gradients a direct way back to every layer. LayerNorm brings each token's channels
-    to mean 0 and variance 1, then applies a learned gain and bias.
-    """
+    to mean 0 and variance 1, then applies a learned gain and bias."""
 
     def __init__(self, config):
         super().__init__()
@@ -115,11 +100,9 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), cache)  # (B, T, C)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
-
 class GPT(nn.Module):
-    """Embeddings, n_layer blocks, and an output layer that uses the token embedding once more.
-    Reading a token and predicting it take much the same knowledge, and 50257 * 768 = 38.6M
-    parameters are saved."""
+    """Embeddings, n_layer blocks, and an output layer that is the token embedding again: reading a
+    token and predicting it take much the same knowledge. That saves 50257 * 768 parameters."""
 
     def __init__(self, config):
         super().__init__()
@@ -143,18 +126,15 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) int64 -> logits (B, T, V): a score for each token that could come next.
-
         With targets (B, T) int64 it returns the loss instead: the mean cross-entropy, a scalar, in
         nats. A token's cross-entropy is -ln(p), where p is the probability that the model gave to
         it. Targets of -100 do not count.
         With cache, one KVCache a layer, idx holds the tokens that follow the cached ones. The cache
         grows by them, and only the last of them gets logits, (B, 1, V).
-        Raises InputError for more than block_size tokens, and for targets of another shape.
-        """
-        T = idx.shape[1]
+        Raises InputError for more than block_size tokens, and for targets of another shape."""
+        T, limit = idx.shape[1], self.config.block_size
         past = cache[0].length if cache else 0
-        if past + T > self.config.block_size:
-            raise InputError(f"{past + T} tokens do not fit block_size={self.config.block_size}")
+        require(past + T <= limit, f"{past + T} tokens do not fit block_size={limit}")
         x = self.wte(idx) + self.wpe.weight[past : past + T]  # (B, T, C) + (T, C)
         x = dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.h):
@@ -163,39 +143,32 @@ class GPT(nn.Module):
         logits = F.linear(x, self.wte.weight)  # (B, T, V), or (B, 1, V)
         if targets is None:
             return logits
-        if targets.shape != idx.shape:
-            raise InputError(f"targets {tuple(targets.shape)} do not fit idx {tuple(idx.shape)}")
+        require(targets.shape == idx.shape, f"targets {targets.shape} do not fit idx {idx.shape}")
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-
 
 class KVCache:
     """One layer's keys and values of the tokens so far: one more token then costs one small step.
-
-    Queries are not kept. A token asks once, but all later tokens look at its key and value.
-    """
+    Queries are not kept. A token asks once, but all later tokens look at its key and value."""
 
     def __init__(self, model, batch_size):
+        assert not model.training, "call model.eval() first, or dropout spoils the text"
         config = model.config
         shape = (2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.k, self.v = model.wte.weight.new_zeros(shape)  # each (B, H, block_size, D)
+        self.kv = model.wte.weight.new_zeros(shape)  # (2, B, H, block_size, D)
         self.length = 0  # how many tokens it holds
 
     def append(self, k, v):
         """Stores k and v of new tokens, (B, H, T, D). Returns those of all tokens, (B, H, S, D)."""
         start, self.length = self.length, self.length + k.shape[2]
-        self.k[:, :, start : self.length] = k
-        self.v[:, :, start : self.length] = v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
-
+        self.kv[:, :, :, start : self.length] = torch.stack((k, v))
+        return self.kv[:, :, :, : self.length]
 
 def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draws one token a row, on the CPU: logits (B, V) -> (B,) int64.
-
     temperature divides the logits: below 1 the likely tokens become likelier, above 1 all become
     more alike, and 0 takes the likeliest token (greedy), as top_k=1 does. top_k keeps the k
     likeliest tokens; None and 0 keep all. Of these, top_p keeps the likeliest, including the one
-    that brings the sum of their probabilities to p; None and 1 keep all.
-    """
+    that brings the sum of their probabilities to p; None and 1 keep all."""
     if temperature < 1e-6:
         return logits.argmax(dim=-1)
     k = min(top_k or logits.shape[-1], logits.shape[-1])
@@ -207,16 +180,12 @@ def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     choice = torch.multinomial(probs.cpu(), 1, generator=generator)  # (B, 1), from 0 to k - 1
     return ids.gather(1, choice.to(ids.device))[:, 0]
 
-
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_token=None,
              generator=None):
     """Yields the next token of each row, max_new_tokens times: idx (B, T) int64 -> (B,) int64.
-
     next_token explains temperature, top_k, top_p and generator. Only the last block_size tokens of
-    idx count. A row repeats its stop_token; when all rows have met theirs, generation ends.
-    """
-    assert not model.training, "call model.eval() first, or dropout spoils the text"
+    idx count. A row repeats its stop_token; when all rows have met theirs, generation ends."""
     assert idx.dim() == 2 and idx.shape[1] > 0, f"idx {tuple(idx.shape)} is not (B, T), T >= 1"
     window = idx[:, -model.config.block_size :]  # (B, T)
     cache = [KVCache(model, len(idx)) for _ in model.h]
@@ -238,14 +207,12 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
             return
         window = torch.cat((window, token[:, None]), dim=1)
 
-
 # ---- Text and tokens, and imports that the model does without ------------------------------------
 import argparse
 import contextlib
 import errno
 import functools
 import os
-import pickle
 import sys
 import time
 import warnings
@@ -253,6 +220,7 @@ import zipfile
 
 import numpy as np
 import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
 
 VOCAB_PATH = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data", "vocab.bpe")
 END_OF_TEXT = 50256  # <|endoftext|>, which stood between the documents GPT-2 was trained on
@@ -262,7 +230,6 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = sorted(set(range(256)) - set(VISIBLE))
 SPELLING = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
-
 
 @functools.lru_cache
 def get_tokenizer():
@@ -274,18 +241,13 @@ def get_tokenizer():
     with open(VOCAB_PATH, encoding="utf-8") as file:
         for line in file.read().splitlines()[1:]:  # the first line is a version
             ranks[bytes(byte_of[c] for c in line if c != " ")] = len(ranks)
-    # GPT-2's pattern, as tiktoken runs it fastest (++ gives nothing back), cuts a text into words,
-    # each with the space before it, numbers, other signs, white space. No token crosses a cut.
-    pattern = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
-               r"|\s++$|\s+(?!\S)|\s")
-    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks,
+    # The pattern cuts a text into words with the space before them, numbers, signs and white space.
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": END_OF_TEXT}, explicit_n_vocab=50257)
-
 
 def encode(text):
     """text -> list of token ids. <|endoftext|> in it becomes 50256, the one special token."""
     return get_tokenizer().encode(text, allowed_special="all")
-
 
 def decode_utf8(data, name, offset=0):
     """Bytes of a file, from offset on -> text with \\n at every line's end. Raises InputError, with
@@ -295,10 +257,8 @@ def decode_utf8(data, name, offset=0):
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: byte {offset + error.start} ({data[error.start]:#x}) is not "
                          "UTF-8 text; save the file as UTF-8") from error
-    if offset == 0:
-        text = text.removeprefix("\ufeff")  # a byte-order mark
+    text = text.removeprefix("\ufeff" if offset == 0 else "")  # a byte-order mark
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
 
 # ---- Beam search ---------------------------------------------------------------------------------
 @torch.inference_mode()
@@ -306,11 +266,9 @@ def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
     """idx (1, T) int64 -> the continuation with the highest mean log-probability found, (n,) int64.
     Each step keeps the N = num_beams likeliest sequences of n new tokens, up to max_new_tokens. One
     that ends with stop_token is set aside, and wins if no mean is higher."""
-    assert not model.training, "call model.eval() first, or dropout spoils the text"
-    V = model.config.vocab_size
-    if idx.shape[1] + max_new_tokens > model.config.block_size:
-        raise InputError(f"{idx.shape[1]} + {max_new_tokens} tokens are too many for beam search, "
-                         f"which has one window of {model.config.block_size}")
+    T, limit, V = idx.shape[1], model.config.block_size, model.config.vocab_size
+    require(T + max_new_tokens <= limit, f"beam search: {T} + {max_new_tokens} tokens do not fit "
+            f"block_size={limit}")
     cache = [KVCache(model, num_beams) for _ in model.h]
     unseen, beams = idx.expand(num_beams, -1), idx.new_empty(num_beams, 0)  # (N, T), (N, n)
     scores = torch.full((num_beams,), -math.inf, device=idx.device)  # (N,), log-probabilities
@@ -328,13 +286,10 @@ def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
         rows, unseen = places // V, places[:, None] % V  # (N,), (N, 1)
         beams = torch.cat((beams[rows], unseen), dim=1)
         for layer in cache:  # one beam may have several successors, another none
-            layer.k[:, :, : layer.length] = layer.k[rows, :, : layer.length]
-            layer.v[:, :, : layer.length] = layer.v[rows, :, : layer.length]
-        # Scores are negative and fall: the best mean left to reach is scores[0] / max_new_tokens.
-        if best_mean >= scores[0] / max_new_tokens:
+            layer.kv[..., : layer.length, :] = layer.kv[:, rows, :, : layer.length]
+        if best_mean >= scores[0] / max_new_tokens:  # scores only fall: no later mean is higher
             return best
     return beams[0]
-
 
 # ---- Faster on a CPU -----------------------------------------------------------------------------
 def dropout(x, p, training=True):
@@ -352,14 +307,14 @@ def dropout(x, p, training=True):
     keep = torch.ge(numbers, dropped - 32768, out=torch.empty_like(x))  # 0 or 1, in the dtype of x
     return x * keep.mul_(65536 / (65536 - dropped))
 
-
 # ---- Checkpoints ---------------------------------------------------------------------------------
 @contextlib.contextmanager
 def whole_file(path):
     """A file to write, which takes the place of path when it is whole and on the disk. If that
     fails, path stays as it was, and an InputError says why."""
+    failed = explain(f"{path} could not be written", OSError, RuntimeError)
     try:
-        with open(path + ".tmp", "wb") as file:
+        with failed, open(path + ".tmp", "wb") as file:
             yield file
             file.flush()
             try:
@@ -369,54 +324,51 @@ def whole_file(path):
                     raise
                 warnings.warn(f"{path}: this drive does not confirm writes", stacklevel=2)
         os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:
-        # torch.save raises an error of its own, and keeps the system's, which says why, as context.
-        cause = error.__context__ if isinstance(error, RuntimeError) else None
-        raise InputError(f"{path} could not be written: {one_line(cause or error)}") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(path + ".tmp")
 
-
-def save_checkpoint(path, model, **training_state):
-    """Writes config, weights and training_state (tensors and plain types), or raises InputError."""
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would prefix every name
-    state = {"config": asdict(model.config), "model": model.state_dict(), **training_state}
+def save_checkpoint(path, model, **state):
+    """Writes config, weights and state (tensors and plain types), or raises InputError."""
     with whole_file(path) as file:
-        torch.save(state, file)
-
+        torch.save({"config": asdict(model.config), "model": model.state_dict(), **state}, file)
 
 def load_checkpoint(path, verify=False):
-    """path -> GPT on the CPU, in eval mode; dict of the training state. Nothing in it is executed.
-    The weights are mapped from the file: while they are in use, only save_checkpoint may replace it
-    (torch.save would write into them). With verify, all is read, and checksums are compared. Raises
-    InputError for a file that is no whole checkpoint."""
-    try:
-        if verify and (broken := zipfile.ZipFile(path).testzip()):
-            raise zipfile.BadZipFile(f"wrong checksum in {broken}")
+    """path -> GPT on the CPU, in eval mode; dict of the training state. Executes nothing. Weights
+    are mapped from the file: while they are in use, only save_checkpoint may replace it. With
+    verify, all is read, and checksums are compared. Raises InputError for what is no checkpoint."""
+    with explain(f"{path} is no whole checkpoint, but perhaps best.pt beside it is", Exception):
+        require(not verify or zipfile.ZipFile(path).testzip() is None, "wrong checksum")
         state = torch.load(path, weights_only=True, mmap=not verify, map_location="cpu")
         with torch.device("meta"):  # shapes alone: no memory, and no numbers drawn
             model = GPT(GPTConfig(**state.pop("config")))
+        # A model that torch.compile has wrapped has _orig_mod. before each name.
         weights = {k.removeprefix("_orig_mod."): w for k, w in state.pop("model").items()}
         model.load_state_dict(weights, assign=True)
-    except Exception as error:  # there are many kinds of wrong files
-        refused = isinstance(error, pickle.UnpicklingError)
-        reason = "no PyTorch file, or one that could run code" if refused else one_line(error)
-        raise InputError(f"{path} is not a whole checkpoint ({reason}); perhaps best.pt beside it "
-                         "is, for --checkpoint and --init_from") from error
     return model.eval(), state
-
 
 # ---- What the scripts share ----------------------------------------------------------------------
 class InputError(ValueError):
     """What the user gave cannot work. The message says what it is and what to do."""
 
+def require(condition, message):
+    """Raises InputError unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+@contextlib.contextmanager
+def explain(message, *kinds):
+    """Errors of these kinds in a with block become an InputError: message (the error's words)."""
+    try:
+        yield
+    except kinds as error:
+        # torch.save's own error hides the system's, which says why.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise InputError(f"{message} ({one_line(cause).partition('. ')[0]})") from error
 
 def one_line(error):
     """An error's message in one line, without the trace that C++ errors carry."""
-    message = getattr(error, "strerror", None) or str(error)
-    return " ".join(message.partition("\nException raised from")[0].split())
-
+    return " ".join(str(error).partition("\nException raised from")[0].split())
 
 def command_line(description):
     """A script's argument parser. From then on, an error that the user can put right ends the
@@ -429,16 +381,14 @@ def command_line(description):
         raise InputError(f"{message}; --help lists the flags")
 
     def show(kind, error, trace):
-        message = one_line(error)
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(5)  # rank 0 mostly meets the same error and says it; then torchrun ends all
         if kind in (BrokenPipeError, KeyboardInterrupt):  # the reader left, or Ctrl-C
             os._exit(130)
-        if getattr(error, "filename", None) is not None:
-            message = f"{error.filename!r}: {message}"
-        memory = kind.__name__ == "OutOfMemoryError" or "allocate memory" in message
+        message = one_line(error)
+        expected = issubclass(kind, (InputError, OSError, torch.OutOfMemoryError))
         compiler = kind.__module__.startswith("torch._")  # torch._dynamo and torch._inductor
-        if not (issubclass(kind, (InputError, OSError)) or memory or compiler):
+        if not (expected or compiler or "allocate memory" in message):
             return sys.__excepthook__(kind, error, trace)
         print(f"{parser.prog}: error: {message}", file=stderr, flush=True)
         sys.exit(2)
@@ -450,7 +400,6 @@ def command_line(description):
             stream.reconfigure(errors="replace", line_buffering=True)
     return parser
 
-
 def number(kind, low, high=math.inf):
     """A type for argparse: an int or float from low to high, so never nan."""
     def number(text):
@@ -459,26 +408,21 @@ def number(kind, low, high=math.inf):
         return kind(text)
     return number
 
-
 def choose_device(device, dtype):
     """--device and --dtype -> torch.device, torch.dtype. Raises InputError for what is not there.
     auto takes bfloat16 where the hardware computes it: half the bytes of float32 and its range, but
     8 bits of precision, not 24. Older GPUs have float16, with 11 bits."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True, "auto": True}
-    kind = device.partition(":")[0]
-    if not there.get(kind):
-        raise InputError(f"--device={device} is not there; --device=auto takes the best that is")
-    if kind == "auto":
-        device = kind = next(name for name in there if there[name])
-    if kind == "cuda":
+    if device == "auto":
+        available = torch.accelerator.is_available()  # cuda or mps
+        device = torch.accelerator.current_accelerator() if available else "cpu"
+    with explain(f"--device={device} is not there", RuntimeError, AssertionError):
+        device = torch.ones(1, device=device).device
+    if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # PyTorch 2.6 cannot tell, and gets float32
         able = getattr(torch.cpu, "get_capabilities", dict)()
-        native = kind == "cpu" and (able.get("amx_bf16") or able.get("avx512_bf16"))
-    fast = {"bfloat16": native, "float16": kind == "cuda", "float32": True}
+        native = able.get("amx_bf16") or able.get("avx512_bf16")
     if dtype == "auto":
+        fast = {"bfloat16": native, "float16": device.type == "cuda", "float32": True}
         dtype = next(name for name in fast if fast[name])
-    elif not fast[dtype] and (kind == "cuda" or dtype == "float16"):  # others emulate bfloat16
-        raise InputError(f"--dtype={dtype}: {device} does not compute in it; try --dtype=auto")
-    return torch.device(device), getattr(torch, dtype)
+    return device, getattr(torch, dtype)

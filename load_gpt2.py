@@ -27,14 +27,13 @@ import numpy as np
 import torch
 
 from gpt import (END_OF_TEXT, GPT, SPELLING, VOCAB_PATH, GPTConfig, InputError, command_line,
-                 get_tokenizer, load_checkpoint, one_line, save_checkpoint)
+                 explain, get_tokenizer, load_checkpoint, require, save_checkpoint)
 
 SIZES = {"124M": "124M", "355M": "355M", "774M": "774M", "1558M": "1558M", "gpt2": "124M",
          "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
 SOURCES = ("https://openaipublic.blob.core.windows.net/gpt-2/models",
            "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2")
 HPARAMS, DATA = "hparams.json", "model.ckpt.data-00000-of-00001"
-
 
 # ---- In ------------------------------------------------------------------------------------------
 def openai_name(name):
@@ -49,22 +48,17 @@ def openai_name(name):
         return path.removesuffix("/weight")
     return path.replace("/weight", "/g" if "ln_" in path else "/w")
 
-
 def read_config(path, names, defaults):
     """The five sizes that a JSON file has under these names -> GPTConfig; the file's content."""
-    try:
+    with explain(f"{path} is missing or not a JSON object", OSError, ValueError, TypeError):
         with open(path, encoding="utf-8") as file:
             content = defaults | json.load(file)
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is missing or not a JSON object ({one_line(error)})") from error
     sizes = [content.get(name) for name in names]
     for name, size in zip(names, sizes):
-        if not isinstance(size, int) or size < 1:
-            raise InputError(f"{path}: {name} is {size}, and a whole number of 1 or more is needed")
-    if sizes[4] % sizes[3]:
-        raise InputError(f"{path}: n_embd is {sizes[4]}, no multiple of n_head, {sizes[3]}")
+        require(isinstance(size, int) and size > 0, f"{path}: {name} is {size}, and not 1 or more")
+    require(sizes[4] % sizes[3] == 0,
+            f"{path}: n_embd is {sizes[4]}, no multiple of n_head, {sizes[3]}")
     return GPTConfig(*sizes), content
-
 
 def read_openai(folder):
     """-> GPTConfig, {our name: tensor as stored}."""
@@ -74,9 +68,8 @@ def read_openai(folder):
         shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
     path, total = os.path.join(folder, DATA), 4 * sum(map(math.prod, shapes.values()))
     have = os.path.getsize(path) if os.path.exists(path) else 0
-    if have != total:
-        raise InputError(f"{path} has {have:,} bytes; the float32 variables of a model as in "
-                         f"{HPARAMS}, all in one file and without others, have {total:,}")
+    require(have == total, f"{path} has {have:,} bytes; the float32 variables of a model as in "
+            f"{HPARAMS}, all in one file and without others, have {total:,}")
     weights = {}
     with open(path, "rb") as file:
         for name in sorted(shapes, key=openai_name):  # as text: h10 comes before h2
@@ -84,7 +77,6 @@ def read_openai(folder):
             array = np.fromfile(file, "<f4", math.prod(shape)).reshape(shape)
             weights[name] = torch.from_numpy(array)
     return config, weights
-
 
 def read_hugging_face(path):
     """A folder, or one .safetensors file in one -> as read_openai."""
@@ -95,21 +87,18 @@ def read_hugging_face(path):
     if os.path.isdir(path):
         folder = path
         files = sorted(glob.glob(os.path.join(glob.escape(path), "model*.safetensors")))
-    if not files:
-        raise InputError(f"{path} has no model.safetensors; from a pytorch_model.bin, transformers "
-                         "makes one: GPT2LMHeadModel.from_pretrained(FOLDER).save_pretrained(NEW)")
+    require(files, f"{path} has no model.safetensors; transformers makes one of pytorch_model.bin: "
+            "GPT2LMHeadModel.from_pretrained(FOLDER).save_pretrained(NEW)")
     weights = {}
     for file in files:
-        try:
+        with explain(f"{file} is not whole: get it again", SafetensorError, OSError):
             weights |= load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} is not whole ({one_line(error)}): get it again") from error
     # Older files hold attention's masks too.
     weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()
                if not name.endswith((".attn.bias", ".attn.masked_bias"))}
     head = weights.pop("lm_head.weight", None)  # wte.weight again, or instead
-    if head is not None and not torch.equal(head, weights.setdefault("wte.weight", head)):
-        raise InputError(f"{path}: lm_head.weight is not wte.weight, and GPT-2 has one for both")
+    require(head is None or torch.equal(head, weights.setdefault("wte.weight", head)),
+            f"{path}: lm_head.weight is not wte.weight, and GPT-2 has one for both")
 
     path = os.path.join(folder, "config.json")
     config, content = read_config(
@@ -118,10 +107,9 @@ def read_hugging_face(path):
     for name, allowed in {"activation_function": ("gelu_new", "gelu_pytorch_tanh"),
                           "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,),
                           "scale_attn_by_inverse_layer_idx": (False,)}.items():
-        if content.get(name, allowed[0]) not in allowed:
-            raise InputError(f"{path}: {name} is {content[name]!r}, and GPT-2's is {allowed[-1]!r}")
+        value = content.get(name, allowed[0])
+        require(value in allowed, f"{path}: {name} is {value!r}, and GPT-2's is {allowed[-1]!r}")
     return config, weights
-
 
 def load_gpt2(path):
     """A folder of OpenAI's or Hugging Face's files, or a .safetensors file -> GPT, float32, CPU.
@@ -138,12 +126,9 @@ def load_gpt2(path):
         weights[name] = (weight.T if openai_name(name).endswith("/w") else weight).contiguous()
     with torch.device("meta"):
         model = GPT(config)
-    try:
+    with explain(path, RuntimeError):
         model.load_state_dict(weights, assign=True)  # each exactly once, and in its shape
-    except RuntimeError as error:
-        raise InputError(f"{path}: {one_line(error)}") from error
     return model.eval()
-
 
 def download(size, folder):
     """Fetches OpenAI's files of that size into folder, but for those that are there."""
@@ -156,10 +141,8 @@ def download(size, folder):
                     fetch(url, target)
                 except (OSError, http.client.HTTPException) as error:
                     failures.append(f"{url} ({error})")
-        if not os.path.exists(target):
-            raise InputError(f"{name} came neither from {' nor from '.join(failures)}; try again, "
-                             f"or put {HPARAMS} and {DATA} into {folder} by hand")
-
+        require(os.path.exists(target), f"{name} came neither from {' nor from '.join(failures)}; "
+                f"try again, or put {HPARAMS} and {DATA} into {folder} by hand")
 
 def fetch(url, target):
     """Downloads into target.part, from where an earlier try stopped, and renames it at the end."""
@@ -189,7 +172,6 @@ def fetch(url, target):
     if have != total:
         raise OSError(f"{have} of {total} bytes came")
     os.replace(part, target)
-
 
 # ---- Out -----------------------------------------------------------------------------------------
 def export(path, folder):
@@ -224,21 +206,18 @@ def export(path, folder):
     contents["tokenizer.json"]["model"] |= {"vocab": contents["vocab.json"], "merges": merges}
     parent = os.path.dirname(os.path.abspath(folder))
     os.makedirs(parent, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent) as scratch:
-        try:
-            for name, content in contents.items():
-                with open(os.path.join(scratch, name), "w", encoding="utf-8") as file:
-                    json.dump(content, file, ensure_ascii=False)
-            shutil.copyfile(VOCAB_PATH, os.path.join(scratch, "merges.txt"))
-            weights = os.path.join(scratch, "model.safetensors")
-            save_file(tensors, weights, metadata={"format": "pt"})
-            shutil.copymode(os.path.join(scratch, "config.json"), weights)  # others may read it too
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{folder} could not be written: {one_line(error)}") from error
+    failed = explain(f"{folder} could not be written", SafetensorError, OSError)
+    with failed, tempfile.TemporaryDirectory(dir=parent) as scratch:
+        for name, content in contents.items():
+            with open(os.path.join(scratch, name), "w", encoding="utf-8") as file:
+                json.dump(content, file, ensure_ascii=False)
+        shutil.copyfile(VOCAB_PATH, os.path.join(scratch, "merges.txt"))
+        weights = os.path.join(scratch, "model.safetensors")
+        save_file(tensors, weights, metadata={"format": "pt"})
+        shutil.copymode(os.path.join(scratch, "config.json"), weights)  # others may read it too
         os.makedirs(folder, exist_ok=True)
         for name in os.listdir(scratch):
             os.replace(os.path.join(scratch, name), os.path.join(folder, name))
-
 
 if __name__ == "__main__":
     parser = command_line(__doc__)
@@ -261,11 +240,11 @@ if __name__ == "__main__":
         name, path = f"gpt2-{size}", os.path.join("models", size)
         download(size, path)
     out, source = args.out or os.path.join("models", f"{name}.pt"), os.path.abspath(path)
-    if os.path.exists(out) and load_checkpoint(out)[1].get("source") != source:
-        raise InputError(f"{out} exists and was not made from {path}; --out names another file")
+    require(not os.path.exists(out) or load_checkpoint(out)[1].get("source") == source,
+            f"{out} exists and was not made from {path}; --out names another file")
     model = load_gpt2(path)
-    if model.config.vocab_size != END_OF_TEXT + 1:
-        raise InputError(f"{path} has {model.config.vocab_size} tokens that are not GPT-2's")
+    require(model.config.vocab_size == END_OF_TEXT + 1,
+            f"{path} has {model.config.vocab_size} tokens that are not GPT-2's")
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     save_checkpoint(out, model, step=0, source=source)
     print(f"wrote {out}; try: python sample.py --checkpoint={out}")

@@ -11,8 +11,8 @@ import time
 
 import torch
 
-from gpt import (DTYPES, END_OF_TEXT, InputError, beam_search, choose_device, command_line,
-                 decode_utf8, encode, generate, get_tokenizer, load_checkpoint, number)
+from gpt import (DTYPES, END_OF_TEXT, beam_search, choose_device, command_line, decode_utf8,
+                 encode, generate, get_tokenizer, load_checkpoint, number, require)
 
 parser = command_line(__doc__)
 flag = parser.add_argument
@@ -32,10 +32,9 @@ flag("--device", default="auto", help="cuda, mps or cpu; auto: the first that is
 flag("--dtype", default="auto", choices=DTYPES, help="of the weights; auto: what is fast here")
 args = parser.parse_args()
 
-if args.num_beams and args.num_samples > 1:
-    raise InputError(f"--num_samples={args.num_samples}: beam search gives one text")
-if not os.path.exists(args.checkpoint):
-    raise InputError(f"{args.checkpoint} is not there: run train.py, or load_gpt2.py 124M, first")
+require(args.num_beams == 0 or args.num_samples == 1, "--num_beams gives one text")
+require(os.path.exists(args.checkpoint),
+        f"{args.checkpoint} is not there: run train.py, or load_gpt2.py 124M, first")
 prompt = args.start
 if prompt == "-" or prompt.startswith("FILE:"):
     path = 0 if prompt == "-" else os.path.expanduser(prompt.removeprefix("FILE:"))
@@ -47,11 +46,11 @@ if prompt[-1:].isspace():  # GPT-2's tokens begin with their space, and find it 
 # Training needs float32 weights, because it adds up many small steps. Here bfloat16 is enough.
 device, dtype = choose_device(args.device, args.dtype)
 model, state = load_checkpoint(args.checkpoint)
-if model.config.vocab_size != END_OF_TEXT + 1:
-    raise InputError(f"{args.checkpoint} has {model.config.vocab_size} tokens that are not GPT-2's")
+require(model.config.vocab_size == END_OF_TEXT + 1,
+        f"{args.checkpoint} has {model.config.vocab_size} tokens that are not GPT-2's")
 model.to(device, dtype)
-if not all(weight.isfinite().all() for weight in model.parameters()):
-    raise InputError(f"{args.checkpoint} has weights that are not finite in {dtype}: take another")
+require(all(weight.isfinite().all() for weight in model.parameters()),
+        f"{args.checkpoint} has weights that are not finite in {dtype}: take another")
 loss = f"validation loss {state['val_loss']:.4f}, " if state.get("val_loss") else ""
 print(f"{args.checkpoint}: step {state.get('step')}, {loss}{device}, {dtype}", file=sys.stderr)
 

@@ -8,7 +8,6 @@
 Read gpt.py first. Here come the functions, then the script, which runs from top to bottom.
 """
 import argparse
-import concurrent.futures
 import contextlib
 import csv
 import ctypes
@@ -28,16 +27,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from gpt import (DTYPES, END_OF_TEXT, GPT, GPTConfig, InputError, choose_device, command_line,
-                 decode_utf8, encode, generate, get_tokenizer, load_checkpoint, number, one_line,
-                 save_checkpoint, whole_file)
+from gpt import (DTYPES, END_OF_TEXT, GPT, GPTConfig, choose_device, command_line, decode_utf8,
+                 encode, explain, generate, get_tokenizer, load_checkpoint, number, one_line,
+                 require, save_checkpoint, whole_file)
 
 STORY = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data", "story.txt")
 # torchrun tells each process how many there are, and its number among all and on its machine.
 PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
 RANK = int(os.environ.get("RANK", 0)) if PROCESSES > 1 else 0
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if PROCESSES > 1 else 0
-
 
 def say(*words, stream="stdout", **options):
     """print, on process 0. A terminal or pipe that has gone away does not end the training."""
@@ -47,47 +45,43 @@ def say(*words, stream="stdout", **options):
         except OSError:
             setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
 
-
 # ---- Flags ---------------------------------------------------------------------------------------
 def flags():
     """The command line's parser. A flag that nanoGPT has too is named as there."""
     parser, path = command_line(__doc__), os.path.expanduser
+    natural, positive, real = number(int, 0), number(int, 1), number(float, 0)
     on_off, unset = argparse.BooleanOptionalAction, argparse.SUPPRESS  # unset: not in args
     files = parser.add_argument_group("what to read and write")
-    files.add_argument("--data", type=path, default=STORY,
-                       help="a UTF-8 text file, a folder of .txt files, or a .bin of uint16 tokens")
+    files.add_argument("--data", type=path, default=STORY, help="text, folder of .txt, or .bin")
     files.add_argument("--out_dir", type=path, default="out", help="where all results go")
     flag = files.add_mutually_exclusive_group().add_argument
     flag("--resume", action="store_true", help="go on with the run in out_dir, with its flags")
     flag("--init_from", type=path, default=unset, help="a checkpoint whose weights start a new run")
     flag = parser.add_argument_group("model").add_argument
-    flag("--n_layer", type=number(int, 1), default=12, help="blocks")
-    flag("--n_head", type=number(int, 1), default=12, help="attention heads in a block")
-    flag("--n_embd", type=number(int, 1), default=768, help="channels of a token")
-    flag("--block_size", type=number(int, 1), default=256, help="tokens in a window")
+    flag("--n_layer", type=positive, default=12, help="blocks")
+    flag("--n_head", type=positive, default=12, help="attention heads in a block")
+    flag("--n_embd", type=positive, default=768, help="channels of a token")
+    flag("--block_size", type=positive, default=256, help="tokens in a window")
     flag("--dropout", type=number(float, 0, 0.999), default=0.1, help="share of numbers dropped")
     flag("--bias", action=on_off, default=True, help="biases in linear layers and LayerNorms")
     flag = parser.add_argument_group("training").add_argument
-    flag("--max_iters", type=number(int, 0), default=150, help="steps, from the run's beginning")
-    flag("--batch_size", type=number(int, 1), default=2, help="windows computed at once")
-    flag("--gradient_accumulation_steps", type=number(int, 1), default=1, help="batches in a step")
+    flag("--max_iters", type=natural, default=150, help="steps, from the run's beginning")
+    flag("--batch_size", type=positive, default=2, help="windows computed at once")
+    flag("--gradient_accumulation_steps", type=positive, default=1, help="batches in a step")
     flag("--learning_rate", type=number(float, 1e-12), default=4e-4, help="the highest rate")
-    flag("--min_lr", type=number(float, 0), default=unset,
-         help="the lowest rate (default: a tenth of learning_rate)")
-    flag("--warmup_iters", type=number(int, 0), default=30, help="steps in which the rate rises")
-    flag("--lr_decay_iters", type=number(int, 0), default=unset,
-         help="steps until the lowest rate (default: max_iters as first given)")
-    flag("--weight_decay", type=number(float, 0), default=0.1, help="how fast weights shrink")
+    flag("--min_lr", type=real, default=unset, help="the lowest (default: learning_rate / 10)")
+    flag("--warmup_iters", type=natural, default=30, help="steps in which the rate rises")
+    flag("--lr_decay_iters", type=natural, default=unset, help="steps to min_lr (default: all)")
+    flag("--weight_decay", type=real, default=0.1, help="how fast weights shrink")
     # AdamW averages about 1 / (1 - beta) gradients. In 150 steps, 5 teach more than the usual 10.
     flag("--beta1", type=number(float, 0, 0.9999), default=0.8, help="AdamW's memory of gradients")
     flag("--beta2", type=number(float, 0, 0.9999), default=0.95, help="memory of gradients squared")
-    flag("--grad_clip", type=number(float, 0), default=1.0, help="longest gradient; 0: any length")
+    flag("--grad_clip", type=real, default=1.0, help="the longest gradient; 0: of any length")
     flag("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="decides all that is random")
     flag = parser.add_argument_group("evaluation").add_argument
-    flag("--eval_interval", type=number(int, 1), default=30, help="steps between evaluations")
-    flag("--eval_iters", type=number(int, 1), default=20,
-         help="evaluate on as much of each split as this many steps read")
-    flag("--log_interval", type=number(int, 1), default=10, help="steps between printed lines")
+    flag("--eval_interval", type=positive, default=30, help="steps between evaluations")
+    flag("--eval_iters", type=positive, default=20, help="steps' worth of text to evaluate on")
+    flag("--log_interval", type=positive, default=10, help="steps between printed lines")
     flag("--start", default="Every effort moves you", help="the prompt of the samples")
     flag = parser.add_argument_group("machine").add_argument
     flag("--device", default="auto", help="cuda, mps or cpu; auto: the first that is there")
@@ -95,50 +89,46 @@ def flags():
     flag("--compile", action=on_off, default=unset, help="torch.compile (default: on cuda)")
     return parser
 
-
 # What --resume may change. With a change of any other flag it would not be the same run.
 MAY_CHANGE = ("data", "out_dir", "resume", "max_iters", "batch_size", "gradient_accumulation_steps",
-              "eval_interval", "log_interval", "start", "device", "compile", "text_key")
-
+              "eval_interval", "log_interval", "start", "device", "compile")
 
 def starting_point():
-    """Reads the flags and the checkpoint they name -> args, GPT or None, training state or {}."""
+    """Reads the flags and the checkpoint they name -> args, weights or {}, training state or {}."""
     parser = flags()
     args = parser.parse_args()
-    path, model, state, saved = os.path.join(args.out_dir, "ckpt.pt"), None, {}, {}
+    path, weights, state, saved = os.path.join(args.out_dir, "ckpt.pt"), {}, {}, {}
     if args.resume:
         model, state = load_checkpoint(path, verify=True)
-        if not {"optimizer", "scaler", "best", "log", "args"} <= state.keys():
-            raise InputError(f"{path} has weights but no run: start a new one with --init_from")
-        saved = state["args"] | {"out_dir": args.out_dir}
-    elif os.path.exists(path):
-        raise InputError(f"{path} holds a run: give --resume, another --out_dir, or delete it")
-    elif "init_from" in args:
+        require({"optimizer", "log", "args"} <= state.keys(),
+                f"{path} has weights but no run: start a new one with --init_from")
+        saved, weights = state["args"] | {"out_dir": args.out_dir}, model.state_dict()
+    require(args.resume or not os.path.exists(path),
+            f"{path} holds a run: give --resume, another --out_dir, or delete it")
+    if "init_from" in args:
         path = args.init_from
         model, _ = load_checkpoint(path)
         names = ("vocab_size", "n_layer", "n_head", "n_embd", "bias")
-        saved = {name: getattr(model.config, name) for name in names}
+        saved, weights = {name: getattr(model.config, name) for name in names}, model.state_dict()
     parser.set_defaults(**saved)  # a flag that is given replaces what the checkpoint says
     args = parser.parse_args()
     args.data = os.path.abspath(args.data)
     args.vocab_size = GPTConfig.vocab_size  # GPT-2's tokens are the only ones here
     args.windows_per_step = args.batch_size * args.gradient_accumulation_steps * PROCESSES
-    if "min_lr" not in args:
-        args.min_lr = args.learning_rate / 10
-    if "lr_decay_iters" not in args:
-        args.lr_decay_iters = args.max_iters
+    vars(args).setdefault("min_lr", args.learning_rate / 10)
+    vars(args).setdefault("lr_decay_iters", args.max_iters)
     if args.resume and args.dtype == "auto":
         args.dtype = saved["dtype"]  # auto, if typed, is what it was then
     changed = [f"{name}={getattr(args, name)} instead of {value}" for name, value in saved.items()
                if name not in MAY_CHANGE and getattr(args, name) != value]
-    if changed:
-        raise InputError(f"{path} cannot go on with {', '.join(changed)} (windows_per_step is "
-                         "batch_size x gradient_accumulation_steps x processes)")
-    if model and args.block_size > model.config.block_size:
-        raise InputError(f"--block_size={args.block_size}: {path} has only "
-                         f"{model.config.block_size} positions")
-    return args, model, state
-
+    require(not changed, f"{path} cannot go on with {', '.join(changed)} (windows_per_step is "
+            "batch_size x gradient_accumulation_steps x processes)")
+    if weights:
+        positions = weights["wpe.weight"]
+        require(args.block_size <= len(positions),
+                f"--block_size={args.block_size}: {path} has only {len(positions)} positions")
+        weights["wpe.weight"] = positions[: args.block_size]
+    return args, weights, state
 
 # ---- Text to tokens ------------------------------------------------------------------------------
 def read_text(files):
@@ -160,7 +150,6 @@ def read_text(files):
                 offset += len(data)
     yield rest
 
-
 def kept_tokens(folder, key):
     """The tokens (n,) uint16 of the text with this key, if folder has all of them, else None."""
     for path in glob.glob(os.path.join(glob.escape(folder), f"tokens-{key}-*.bin")):
@@ -168,10 +157,15 @@ def kept_tokens(folder, key):
         if path.endswith(f"-{n}.bin") and not odd:
             return np.memmap(path, dtype=np.uint16, mode="r")
 
-
-def tokenize(path, folder, block_size):
-    """The text at path, a file or folder -> its tokens (n,) uint16, mapped from a file; a key, the
-    text's hash. The file is made once for each text, in folder. 50,257 ids fit in two bytes."""
+def load_tokens(path, folder, block_size, key=None):
+    """--data -> its tokens (n,) uint16, mapped from a file; their key, a hash. The tokens of a text
+    are written to folder once. A run that has a key can go on from there without its text."""
+    if not os.path.exists(path):
+        tokens = kept_tokens(folder, key)
+        require(tokens is not None, f"--data={path}: no such file or folder; is it elsewhere?")
+        return tokens, key
+    if path.endswith(".bin"):
+        return read_bin(path)
     files = [path]
     if os.path.isdir(path):
         files = sorted(glob.glob(os.path.join(glob.escape(path), "*.[tT][xX][tT]")))
@@ -180,18 +174,16 @@ def tokenize(path, folder, block_size):
         sha.update(text.encode())
         characters += len(text)
     say(f"{path}: {characters:,} characters in {len(files)} file(s)")
-    if characters == 0:
-        raise InputError(f"--data={path}: there is no text in it")
+    require(characters > 0, f"--data={path}: there is no text in it")
     key = sha.hexdigest()[:16]
     if kept_tokens(folder, key) is None:
         os.makedirs(folder, exist_ok=True)
         nameless = os.path.join(folder, f"tokens-{key}.{os.getpid()}")  # n is not known yet
-        to_ids = functools.partial(get_tokenizer().encode_to_numpy, allowed_special="all")
         texts = read_text(files)
-        with whole_file(nameless) as file, concurrent.futures.ThreadPoolExecutor() as pool:
-            while group := list(itertools.islice(texts, 16)):
-                for ids in pool.map(to_ids, group):  # tiktoken lets threads work side by side
-                    file.write(ids.astype(np.uint16))
+        with whole_file(nameless) as file:
+            while group := list(itertools.islice(texts, 16)):  # tiktoken encodes them side by side
+                for ids in get_tokenizer().encode_batch(group, allowed_special="all"):
+                    file.write(np.array(ids, dtype=np.uint16))  # two bytes hold 50,257 ids
                 n = file.tell() // 2
                 say(f"{n:,} tokens", end="\r")
             say()
@@ -199,42 +191,27 @@ def tokenize(path, folder, block_size):
         os.replace(nameless, os.path.join(folder, f"tokens-{key}-{n}.bin"))
     return kept_tokens(folder, key), key
 
-
-def load_tokens(path, folder, block_size, key=None):
-    """--data -> as tokenize. A run with a key goes on without its text if folder has the tokens."""
-    if not os.path.exists(path):
-        if (tokens := kept_tokens(folder, key)) is None:
-            raise InputError(f"--data={path}: no such file or folder; --data=NEW says where it is")
-        return tokens, key
-    if not path.endswith(".bin"):
-        return tokenize(path, folder, block_size)
-    if (size := os.path.getsize(path)) == 0 or size % 2:
-        raise InputError(f"--data={path}: {size} bytes are no uint16 tokens, of two bytes each")
-    tokens = np.memmap(path, dtype=np.uint16, mode="r")
-    wider = not tokens[1::2].any()  # the upper halves of 32-bit integers are all 0
-    if wider or tokens[:3].tobytes() == b"\x93NUMPY":
-        raise InputError(f"--data={path}: .npy or wider integers; bare uint16 tokens are needed")
-    if tokens.max() > END_OF_TEXT:
-        raise InputError(f"--data={path}: token {tokens.argmax()} is {tokens.max()}, not GPT-2's")
+def read_bin(path):
+    """A file of uint16 token ids, as nanoGPT's -> as load_tokens."""
+    with explain(f"--data={path} is not bare uint16 tokens of GPT-2", ValueError):
+        tokens = np.memmap(path, dtype=np.uint16, mode="r")
+        require(tokens.max() <= END_OF_TEXT, f"token {tokens.argmax()} is {tokens.max()}")
+        require(tokens[:3].tobytes() != b"\x93NUMPY", "but a .npy file")
+        require(tokens[1::2].any(), "but wider integers")  # whose upper halves are 0
     return tokens, hashlib.sha256(tokens).hexdigest()[:16]
-
 
 def split(n, path, block_size):
     """n tokens -> the sizes of the training split, nine tenths, and of the validation split."""
-    sizes = int(0.9 * n), n - int(0.9 * n)
-    if min(sizes) <= block_size:
-        raise InputError(f"--data={path} is too short: it has {sizes[0]} tokens to train on and "
-                         f"{sizes[1]} to validate, and --block_size={block_size} needs more; "
-                         f"the largest block_size that fits is {max(0, min(sizes) - 1)}")
-    return sizes
-
+    n_train, n_val = int(0.9 * n), n - int(0.9 * n)
+    require(n_val > block_size, f"--data={path} is too short: with {n_val} tokens to validate, the "
+            f"largest --block_size is {n_val - 1}")
+    return n_train, n_val
 
 # ---- Windows, schedule, evaluation, plot ---------------------------------------------------------
 @functools.lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
 def shuffled(n_windows, seed, epoch):
     """The order in which an epoch, one pass over the text, reads the windows."""
     return np.random.default_rng((seed, epoch)).permutation(n_windows)
-
 
 def windows_of(step, micro, args, n_windows):
     """The numbers of the windows in a micro-batch, a pure function of seed, step and micro: there
@@ -243,17 +220,12 @@ def windows_of(step, micro, args, n_windows):
     return [int(shuffled(n_windows, args.seed, i // n_windows)[i % n_windows])
             for i in range(first, first + args.batch_size)]
 
-
 def get_batch(tokens, windows, block_size, device):
     """-> inputs and targets, both (B, T) int64. A token's target is the token after it, so a window
     trains T predictions at once: place t sees tokens 0 to t."""
     rows = np.stack([tokens[w * block_size : (w + 1) * block_size + 1] for w in windows])
-    rows = torch.from_numpy(rows.astype(np.int64))  # (B, T + 1)
-    if device.type == "cuda":  # from pinned memory the copy runs beside the GPU's work
-        rows = rows.pin_memory()
-    rows = rows.to(device, non_blocking=True)
+    rows = torch.from_numpy(rows.astype(np.int64)).to(device)  # (B, T + 1)
     return rows[:, :-1], rows[:, 1:]
-
 
 def learning_rate(step, args):
     """The rate of a step, counted from 0: a linear warm-up, since AdamW's averages rest on few
@@ -265,7 +237,6 @@ def learning_rate(step, args):
     progress = (step - args.warmup_iters) / (args.lr_decay_iters - args.warmup_iters)
     return args.min_lr + (args.learning_rate - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
-
 def sum_over_processes(*values):
     """Adds up each of the values, Python numbers, over all processes."""
     if PROCESSES == 1:
@@ -274,7 +245,6 @@ def sum_over_processes(*values):
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
-
 
 @torch.no_grad()
 def evaluate(model, tokens, args, autocast):
@@ -288,7 +258,6 @@ def evaluate(model, tokens, args, autocast):
             loss = model(*get_batch(tokens, windows, args.block_size, model.wte.weight.device))
         total += loss.item() * len(windows)
     return sum_over_processes(total)[0] / n_windows
-
 
 def plot(log, tokens_per_step, path):
     """Draws the losses in log over steps, with perplexity on the right and tokens seen above."""
@@ -310,20 +279,16 @@ def plot(log, tokens_per_step, path):
     except Exception as error:  # a picture is not worth a run
         say(f"warning: no {path}: {one_line(error)}", stream="stderr")
 
-
 # ---- The script ----------------------------------------------------------------------------------
 COLUMNS = ("iter", "tokens", "loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s")
 
 if __name__ == "__main__":
-    args, start_model, state = starting_point()
+    args, weights, state = starting_point()
     step = state.get("step", 0)
     saved_at = state.get("step", -1)  # the step that ckpt.pt has, or -1
-    if saved_at >= args.max_iters:
-        say(f"nothing to do: {args.out_dir} is at step {step}; a higher --max_iters goes on")
-        sys.exit()
     needed = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    if PROCESSES > 1 and not needed <= os.environ.keys():
-        raise InputError("WORLD_SIZE is set without torchrun's other variables: use torchrun")
+    require(PROCESSES == 1 or needed <= os.environ.keys(),
+            "WORLD_SIZE is set without torchrun's other variables: use torchrun")
 
     # Device. Matrix products are computed in dtype. Weights, gradients, the x between blocks,
     # LayerNorm, softmax and the loss stay float32.
@@ -332,24 +297,19 @@ if __name__ == "__main__":
     device, dtype = choose_device(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    if device.type == "cuda":  # TF32: float32 products of factors rounded to 11 bits of precision
-        torch.set_float32_matmul_precision("high")
-    elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # glibc gives large freed buffers back to the system, and the next step pays a page fault
-        # for each 4 kB that it takes again. With these settings glibc keeps them.
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # numbers from glibc's malloc.h
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # glibc gives large freed buffers back to the system. The next step takes them again and
+        # pays a page fault for each 4 kB. With these settings glibc keeps them.
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
     # Model.
     torch.manual_seed(args.seed)
     model = GPT(GPTConfig(block_size=args.block_size, n_layer=args.n_layer, n_head=args.n_head,
                           n_embd=args.n_embd, dropout=args.dropout, bias=args.bias))
-    if start_model:
-        weights = start_model.state_dict()
-        weights["wpe.weight"] = weights["wpe.weight"][: args.block_size]  # the first positions
+    if weights:
         model.load_state_dict(weights)
-        start_model = weights = None  # gives their memory back
+        weights.clear()  # gives their memory back
     model.to(device)
     parameters = list(model.parameters())
 
@@ -359,12 +319,10 @@ if __name__ == "__main__":
                                 timeout=datetime.timedelta(hours=12))  # to tokenize a long text
     if LOCAL_RANK > 0:
         dist.barrier()
-    old_key = getattr(args, "text_key", None)
-    tokens, args.text_key = load_tokens(args.data, args.out_dir, args.block_size, old_key)
+    tokens, key = load_tokens(args.data, args.out_dir, args.block_size, state.get("key"))
     if PROCESSES > 1 and LOCAL_RANK == 0:
         dist.barrier()
-    if old_key not in (None, args.text_key):
-        raise InputError(f"--data={args.data} is not the text that this run has read so far")
+    require(key == state.get("key", key), f"--data={args.data} is not the text of this run")
     n_train, n_val = split(len(tokens), args.data, args.block_size)
     n_windows = (n_train - 1) // args.block_size
     tokens_per_step = args.windows_per_step * args.block_size
@@ -372,10 +330,9 @@ if __name__ == "__main__":
         f"validate\n{sum(p.numel() for p in parameters):,} parameters, {device}, {args.dtype}, "
         f"{tokens_per_step:,} tokens a step")
 
-    # Optimizer. AdamW divides a weight's averaged gradient by the root of its averaged squared
-    # gradient, and moves the weight by lr times that. It also shrinks matrices and embeddings, by
-    # lr * weight_decay of themselves, so that none grows without need. Biases and gains are too few
-    # to overfit, and a LayerNorm's gain of 0 would switch its channel off.
+    # Optimizer. AdamW moves a weight by lr times its averaged gradient, divided by the root of its
+    # averaged squared gradient. It shrinks matrices and embeddings by lr * weight_decay, so that
+    # none grows without need. Biases and gains are too few to overfit, and a gain should not be 0.
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in parameters if p.dim() >= 2]},
          {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}],
@@ -399,39 +356,31 @@ if __name__ == "__main__":
     if RANK == 0:
         os.makedirs(args.out_dir, exist_ok=True)
         lock = filelock.FileLock(os.path.join(args.out_dir, "lock"), is_singleton=True)
-        try:
+        with explain(f"--out_dir={args.out_dir}: another train.py is using it", filelock.Timeout):
             lock.acquire(timeout=0)  # the system drops it when this process ends, however it ends
-        except filelock.Timeout as error:
-            raise InputError(f"--out_dir={args.out_dir}: another train.py is using it") from error
         log_csv = csv.DictWriter(open(log_path, "w", encoding="utf-8", newline="", buffering=1),
                                  COLUMNS, lineterminator="\n")
+        with explain(f"{log_path} could not be written", OSError):
+            log_csv.writeheader()
+            log_csv.writerows(log)
 
-    def write_log(*rows):
-        if RANK == 0:
-            try:
-                log_csv.writerows(rows)
-            except OSError as error:
-                raise InputError(f"{log_path} could not be written: {one_line(error)}") from error
-
-    def record(row):  # to log.csv first: what is shown is in the file
+    def record(row):
         log.append(row)
-        write_log(row)
+        with explain(f"{log_path} could not be written", OSError):
+            log_csv.writerow(row)  # first: what is shown is in the file
         line = [f"{name} {value:.6g}" for name, value in row.items() if name != "tokens"]
-        if step_seconds:
-            left = (args.max_iters - step) * sum(step_seconds) / len(step_seconds)
+        if step > 0:
+            left = (args.max_iters - step) * tokens_per_step / row["tokens_per_s"]
             line.append(f"{datetime.timedelta(seconds=int(left))} left")
-            step_seconds.clear()
         say(" | ".join(line))
 
     def save(row):
-        if RANK > 0:
-            return
         # A model that learns a text by heart gets worse on all others: best.pt is from before that.
         if row.get("val_loss", math.inf) < best["val_loss"]:
             best.update(step=step, val_loss=row["val_loss"])
             save_checkpoint(best_path, model, **best)
         save_checkpoint(ckpt_path, model, optimizer=optimizer.state_dict(), log=log, best=best,
-                        scaler=scaler.state_dict(), args=vars(args), step=step,
+                        scaler=scaler.state_dict(), args=vars(args), key=key, step=step,
                         val_loss=row.get("val_loss"))
 
     def sample():
@@ -462,9 +411,7 @@ if __name__ == "__main__":
             signal.signal(signum, finish)
 
     say(f"a blind guess costs a loss of ln({args.vocab_size}) = {math.log(args.vocab_size):.4f}")
-    write_log(dict(zip(COLUMNS, COLUMNS)), *log)  # the header, and what a resumed run has
     row, stop = {"iter": 0, "tokens": 0}, False  # the row of a new run's step 0
-    step_seconds = []  # of the steps since the last row
     while True:
         # `step` steps are done. Evaluate, record, save and sample if that is due and the checkpoint
         # that was loaded has not got it already. Then train for one more step.
@@ -474,15 +421,15 @@ if __name__ == "__main__":
             row["train_loss"] = evaluate(model, tokens[:n_train], args, autocast)
             row["val_loss"] = evaluate(model, tokens[n_train:], args, autocast)
             stop_unless_finite(row["train_loss"], row["val_loss"])
-        if evaluating or (step > saved_at and step % args.log_interval == 0):
+        if RANK == 0 and (evaluating or step > saved_at and step % args.log_interval == 0):
             record(row)
-        if evaluating or stop:
+        if RANK == 0 and (evaluating or stop):
             save(row)
             saved_at = step
         if RANK == 0 and evaluating:
             plot(log, tokens_per_step, plot_path)
             sample()
-        if stop or step == args.max_iters:
+        if stop or step >= args.max_iters:
             break
 
         model.train()
@@ -518,8 +465,7 @@ if __name__ == "__main__":
         scaler.update()
         optimizer.zero_grad()
         step += 1
-        step_seconds.append(time.perf_counter() - started)
-        speed = tokens_per_step * len(step_seconds) / sum(step_seconds)
+        speed = tokens_per_step / (time.perf_counter() - started)
         row = {"iter": step, "tokens": step * tokens_per_step, "loss": loss, "lr": lr,
                "grad_norm": norm.item(), "tokens_per_s": speed}
 
@@ -529,6 +475,6 @@ if __name__ == "__main__":
     if stop and step < args.max_iters:
         say(f"stopped and saved at step {step}; go on with --resume --out_dir={args.out_dir}")
         sys.exit(128 + (caught or [signal.SIGTERM])[0])  # as shells do; others may have caught it
-    say(f"{ckpt_path} has step {step}; {best_path} has step {best['step']}, with the lowest "
-        f"validation loss, {best['val_loss']:.4f}; {plot_path} shows the losses\n"
+    say(f"{ckpt_path} has step {step} (--resume --max_iters=N goes on), {best_path} has step "
+        f"{best['step']} with the lowest validation loss, {best['val_loss']:.4f}; see {plot_path}\n"
         f"next: python sample.py --checkpoint={best_path} --start \"{args.start}\"")
