@@ -1,8 +1,8 @@
 """GPT-2, the whole model: token ids in, token ids out.
 
 The same forward pass in 30 lines of numpy: `oracle` in test_gpt.py.
-Each tensor's shape stands beside it: B sequences of T tokens (S with those that a cache holds), C
-channels a token (n_embd), H heads of D = C / H channels each, V tokens in the vocabulary.
+Each tensor's shape stands beside it: B sequences of T tokens, C channels a token (n_embd), H heads
+of D = C / H channels each, V tokens in the vocabulary; S = T + the tokens that a KVCache holds.
 
 Sources: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), "Attention Is
 All You Need" (Vaswani et al., 2017), and OpenAI's gpt-2/src/model.py for the parameters' names.
@@ -23,8 +23,8 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = True
+    dropout: float = 0.0  # the share of numbers set to 0 while training
+    bias: bool = True  # in linear layers and LayerNorms
 
 def attend(q, k, v, dropout_p=0.0):
     """softmax(q @ k.T / sqrt(D) + mask) @ v: every query gets a weighted mean of the values.
@@ -35,19 +35,19 @@ def attend(q, k, v, dropout_p=0.0):
     # Query t is token S - T + t. Later keys get -inf, and exp(-inf) = 0: no token sees the future.
     # triu keeps -inf from key S - T + t + 1 on and writes 0 before it.
     mask = q.new_full((T, S), -math.inf).triu(S - T + 1)  # (T, S)
-    if dropout_p == 0 or q.device.type != "cpu":  # PyTorch's own is the fastest here
-        causal = T == S  # the same mask without reading it, but it puts query 0 beside key 0
+    if dropout_p == 0 or q.device.type != "cpu":  # else PyTorch's own is slower than the formula
+        causal = T == S  # makes the same mask, but for T < S it would let query 0 see only key 0
         return F.scaled_dot_product_attention(q, k, v, None if causal else mask, dropout_p, causal)
     # A score is a sum of D products and spreads sqrt(D) times as wide as one of them. Without the
     # division, softmax would give nearly all weight to one key and pass no gradient back.
     scores = (q / math.sqrt(D)) @ k.transpose(2, 3) + mask  # (B, H, T, S)
     weights = scores.softmax(dim=-1)  # (B, H, T, S), each row sums to 1
-    return dropout(weights, dropout_p) @ v  # as F.dropout, made faster further down
+    return dropout(weights, dropout_p) @ v  # F.dropout, but faster on a CPU: see further down
 
 class CausalSelfAttention(nn.Module):
     """Each token gathers information from itself and the tokens before it.
     One softmax weighs the past in one way. H heads of D channels weigh it in H ways at the same
-    cost. c_ is OpenAI's, for convolution: theirs is one token wide, which is a linear layer."""
+    cost. OpenAI wrote its linear layers as convolutions that are one token wide, hence c_."""
 
     def __init__(self, config):
         super().__init__()
@@ -61,7 +61,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        # A model with rotary positions would turn q and k here, and need no wpe.
+        # Rotary positions, in models that have them, turn q and k here. GPT-2 has wpe, below.
         if cache:  # this layer's, only while generating: see KVCache
             k, v = cache.append(k, v)  # (B, H, S, D)
         y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
@@ -107,13 +107,13 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # Tables without numbers: those are drawn below, and nn.Embedding would draw them twice.
+        # Token and position embeddings. They start empty, and the loop below draws all numbers.
         V, C = config.vocab_size, config.n_embd
         self.wte = nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False)
         self.wpe = nn.Embedding.from_pretrained(torch.empty(config.block_size, C), freeze=False)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(C, bias=config.bias)
-        if self.wte.weight.is_meta:  # only shapes: load_checkpoint brings the numbers
+        if self.wte.weight.is_meta:  # only shapes are wanted: load_checkpoint has the numbers
             return
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
@@ -122,7 +122,7 @@ class GPT(nn.Module):
                 shrink = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(parameter, std=0.02 / shrink)  # 0.02 is GPT-2's
             elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+                nn.init.zeros_(parameter)  # LayerNorm's gains are 1 already
 
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) int64 -> logits (B, T, V): a score for each token that could come next.
@@ -130,7 +130,7 @@ class GPT(nn.Module):
         nats. A token's cross-entropy is -ln(p), where p is the probability that the model gave to
         it. Targets of -100 do not count.
         With cache, one KVCache a layer, idx holds the tokens that follow the cached ones. The cache
-        grows by them, and only the last of them gets logits, (B, 1, V).
+        grows by them. Only the last of them gets logits, (B, 1, V), and there are no targets.
         Raises InputError for more than block_size tokens, and for targets of another shape."""
         T, limit = idx.shape[1], self.config.block_size
         past = cache[0].length if cache else 0
@@ -164,11 +164,11 @@ class KVCache:
         return self.kv[:, :, :, : self.length]
 
 def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draws one token a row, on the CPU: logits (B, V) -> (B,) int64.
+    """Draws one token a row, on the CPU for the same text everywhere: logits (B, V) -> (B,) int64.
     temperature divides the logits: below 1 the likely tokens become likelier, above 1 all become
     more alike, and 0 takes the likeliest token (greedy), as top_k=1 does. top_k keeps the k
-    likeliest tokens; None and 0 keep all. Of these, top_p keeps the likeliest, including the one
-    that brings the sum of their probabilities to p; None and 1 keep all."""
+    likeliest tokens; None and 0 keep all. Of these, top_p > 0 keeps the likeliest, including the
+    one that brings the sum of their probabilities to p; None and 1 keep all."""
     if temperature < 1e-6:
         return logits.argmax(dim=-1)
     k = min(top_k or logits.shape[-1], logits.shape[-1])
@@ -192,11 +192,11 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
         if window.shape[1] > model.config.block_size:
-            # A window that slides by a token moves all tokens to other positions, on which their
-            # keys depend. So it drops half of its tokens at once, and the others get new keys.
+            # Sliding by one token would change every token's position, and so every key. So the
+            # window drops half of its tokens at once, and the others get new keys.
             window = window[:, -max(1, model.config.block_size // 2) :]
             cache = [KVCache(model, len(idx)) for _ in model.h]
-        unseen = window[:, cache[0].length :]  # first the prompt, then one token at a time
+        unseen = window[:, cache[0].length :]  # one token, or all if the cache is empty
         logits = model(unseen, cache=cache)[:, -1]  # (B, V)
         token = next_token(logits, temperature, top_k, top_p, generator)  # (B,)
         if stop_token is not None:
@@ -207,7 +207,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
             return
         window = torch.cat((window, token[:, None]), dim=1)
 
-# ---- Text and tokens, and imports that the model does without ------------------------------------
+# ---- Text and tokens (the model needs none of these imports) -------------------------------------
 import argparse
 import contextlib
 import errno
@@ -225,8 +225,8 @@ from tiktoken_ext.openai_public import r50k_pat_str
 VOCAB_PATH = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data", "vocab.bpe")
 END_OF_TEXT = 50256  # <|endoftext|>, which stood between the documents GPT-2 was trained on
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-# vocab.bpe spells 188 bytes with their own visible character, and the others with the characters
-# from chr(256) on; a space is chr(288). Token i < 256 is the i-th key of SPELLING.
+# vocab.bpe writes each byte as one visible character: 188 bytes as themselves, the other 68 as
+# chr(256) to chr(323). So a space is chr(288). SPELLING has them in the order of tokens 0 to 255.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = sorted(set(range(256)) - set(VISIBLE))
 SPELLING = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
@@ -241,7 +241,7 @@ def get_tokenizer():
     with open(VOCAB_PATH, encoding="utf-8") as file:
         for line in file.read().splitlines()[1:]:  # the first line is a version
             ranks[bytes(byte_of[c] for c in line if c != " ")] = len(ranks)
-    # The pattern cuts a text into words with the space before them, numbers, signs and white space.
+    # The pattern cuts a text into words with the space before them, numbers, punctuation and space.
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": END_OF_TEXT}, explicit_n_vocab=50257)
 
@@ -250,14 +250,14 @@ def encode(text):
     return get_tokenizer().encode(text, allowed_special="all")
 
 def decode_utf8(data, name, offset=0):
-    """Bytes of a file, from offset on -> text with \\n at every line's end. Raises InputError, with
-    the file's name, for a byte that is not UTF-8 or is NUL, as in UTF-16."""
+    """Bytes that stand at offset in a file -> text with \\n at every line's end. Raises InputError,
+    with the file's name, for a byte that is not UTF-8 or is NUL, as in UTF-16."""
     try:
         text = data.replace(b"\0", b"\xff").decode()  # \xff is never UTF-8: NUL fails as well
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: byte {offset + error.start} ({data[error.start]:#x}) is not "
                          "UTF-8 text; save the file as UTF-8") from error
-    text = text.removeprefix("\ufeff" if offset == 0 else "")  # a byte-order mark
+    text = text.removeprefix("\ufeff" if offset == 0 else "")  # the byte-order mark
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 # ---- Beam search ---------------------------------------------------------------------------------
@@ -271,23 +271,23 @@ def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
             f"block_size={limit}")
     cache = [KVCache(model, num_beams) for _ in model.h]
     unseen, beams = idx.expand(num_beams, -1), idx.new_empty(num_beams, 0)  # (N, T), (N, n)
-    scores = torch.full((num_beams,), -math.inf, device=idx.device)  # (N,), log-probabilities
+    scores = torch.full((num_beams,), -math.inf, device=idx.device)  # (N,), log-probabilities <= 0
     scores[0] = 0  # all beams are equal at first, so only one may have successors
-    best, best_mean = beams[0], -math.inf
+    best, best_mean = beams[0], -math.inf  # of those that have ended
     for n in range(1, max_new_tokens + 1):
         log_probs = model(unseen, cache=cache)[:, -1].float().log_softmax(dim=-1)  # (N, V)
         totals = scores[:, None] + log_probs  # (N, V)
         if stop_token is not None:
-            total, beam = totals[:, stop_token].max(dim=0)  # two scalars
-            if total / n > best_mean:
-                best_mean, best = total / n, torch.cat((beams[beam], idx.new_tensor([stop_token])))
+            score, row = totals[:, stop_token].max(dim=0)  # two scalars
+            if score / n > best_mean:
+                best_mean, best = score / n, torch.cat((beams[row], idx.new_tensor([stop_token])))
             totals[:, stop_token] = -math.inf
         scores, places = totals.flatten().topk(num_beams)  # both (N,)
-        rows, unseen = places // V, places[:, None] % V  # (N,), (N, 1)
+        rows, unseen = places // V, places[:, None] % V  # (N,) the beams, (N, 1) their new tokens
         beams = torch.cat((beams[rows], unseen), dim=1)
         for layer in cache:  # one beam may have several successors, another none
-            layer.kv[..., : layer.length, :] = layer.kv[:, rows, :, : layer.length]
-        if best_mean >= scores[0] / max_new_tokens:  # scores only fall: no later mean is higher
+            layer.kv[:, :, :, : layer.length] = layer.kv[:, rows, :, : layer.length]
+        if best_mean >= scores[0] / max_new_tokens:  # scores only fall: the best mean still to come
             return best
     return beams[0]
 
@@ -297,7 +297,7 @@ def dropout(x, p, training=True):
     scaled up, so that the model cannot rely on any single one."""
     if not training or p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
-    # PyTorch draws one number for each element. NumPy draws 64 bits at a time, which serve four. 16
+    # PyTorch draws a number for each element. NumPy draws 64 bits, which serve four elements: 16
     # bits, read as int16, are a number from -32768 to 32767. The lowest numbers drop their element.
     seed = int(torch.randint(2**62, ()))  # torch.manual_seed decides here too
     generator, count = np.random.Generator(np.random.SFC64(seed)), x.numel() // 4 + 1
@@ -312,9 +312,9 @@ def dropout(x, p, training=True):
 def whole_file(path):
     """A file to write, which takes the place of path when it is whole and on the disk. If that
     fails, path stays as it was, and an InputError says why."""
-    failed = explain(f"{path} could not be written", OSError, RuntimeError)
+    explained = explain(f"{path} could not be written", OSError, RuntimeError)
     try:
-        with failed, open(path + ".tmp", "wb") as file:
+        with explained, open(path + ".tmp", "wb") as file:
             yield file
             file.flush()
             try:
@@ -335,8 +335,10 @@ def save_checkpoint(path, model, **state):
 
 def load_checkpoint(path, verify=False):
     """path -> GPT on the CPU, in eval mode; dict of the training state. Executes nothing. Weights
-    are mapped from the file: while they are in use, only save_checkpoint may replace it. With
-    verify, all is read, and checksums are compared. Raises InputError for what is no checkpoint."""
+    are mapped from the file: while they are in use, only save_checkpoint may replace it, as it does
+    not write into the old file (torch.save does). With verify, all is read, and checksums are
+    compared. Raises InputError for what is no checkpoint."""
+    os.stat(path)  # a file that is not there is an OSError
     with explain(f"{path} is no whole checkpoint, but perhaps best.pt beside it is", Exception):
         require(not verify or zipfile.ZipFile(path).testzip() is None, "wrong checksum")
         state = torch.load(path, weights_only=True, mmap=not verify, map_location="cpu")
@@ -358,11 +360,11 @@ def require(condition, message):
 
 @contextlib.contextmanager
 def explain(message, *kinds):
-    """Errors of these kinds in a with block become an InputError: message (the error's words)."""
+    """Errors of these kinds in a with block become InputError("message (their first sentence)")."""
     try:
         yield
     except kinds as error:
-        # torch.save's own error hides the system's, which says why.
+        # torch.save's own error hides the OSError behind it, which says why.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise InputError(f"{message} ({one_line(cause).partition('. ')[0]})") from error
 
@@ -382,7 +384,7 @@ def command_line(description):
 
     def show(kind, error, trace):
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(5)  # rank 0 mostly meets the same error and says it; then torchrun ends all
+            time.sleep(5)  # rank 0 usually meets the same error and says it; torchrun then ends all
         if kind in (BrokenPipeError, KeyboardInterrupt):  # the reader left, or Ctrl-C
             os._exit(130)
         message = one_line(error)
@@ -402,7 +404,7 @@ def command_line(description):
 
 def number(kind, low, high=math.inf):
     """A type for argparse: an int or float from low to high, so never nan."""
-    def number(text):
+    def number(text):  # a name that argparse shows
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text}: from {low} to {high} is needed")
         return kind(text)
@@ -410,8 +412,8 @@ def number(kind, low, high=math.inf):
 
 def choose_device(device, dtype):
     """--device and --dtype -> torch.device, torch.dtype. Raises InputError for what is not there.
-    auto takes bfloat16 where the hardware computes it: half the bytes of float32 and its range, but
-    8 bits of precision, not 24. Older GPUs have float16, with 11 bits."""
+    auto takes bfloat16 where the hardware computes it: float32's range in half the bytes, but with
+    8 bits of precision, not 24. Older GPUs have float16, with 11 bits and a small range."""
     if device == "auto":
         available = torch.accelerator.is_available()  # cuda or mps
         device = torch.accelerator.current_accelerator() if available else "cpu"
@@ -419,7 +421,7 @@ def choose_device(device, dtype):
         device = torch.ones(1, device=device).device
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # PyTorch 2.6 cannot tell, and gets float32
+    else:  # PyTorch 2.6 cannot tell, so it gets float32
         able = getattr(torch.cpu, "get_capabilities", dict)()
         native = able.get("amx_bf16") or able.get("avx512_bf16")
     if dtype == "auto":

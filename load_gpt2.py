@@ -8,7 +8,7 @@ The first two write models/gpt2-124M.pt or models/FOLDER.pt, for sample.py and t
 
 TensorFlow's Saver writes the variables into the data file one after the other, sorted by name,
 without gaps. Names and shapes follow from hparams.json, so the index file beside it is not needed.
-The size of the data file shows whether this holds.
+The size of the data file shows whether it was written so.
 """
 import argparse
 import glob
@@ -49,15 +49,15 @@ def openai_name(name):
     return path.replace("/weight", "/g" if "ln_" in path else "/w")
 
 def read_config(path, names, defaults):
-    """The five sizes that a JSON file has under these names -> GPTConfig; the file's content."""
+    """A JSON file, its names for the five sizes in GPTConfig's order -> GPTConfig, all content."""
     with explain(f"{path} is missing or not a JSON object", OSError, ValueError, TypeError):
         with open(path, encoding="utf-8") as file:
             content = defaults | json.load(file)
     sizes = [content.get(name) for name in names]
     for name, size in zip(names, sizes):
         require(isinstance(size, int) and size > 0, f"{path}: {name} is {size}, and not 1 or more")
-    require(sizes[4] % sizes[3] == 0,
-            f"{path}: n_embd is {sizes[4]}, no multiple of n_head, {sizes[3]}")
+    *_, n_head, n_embd = sizes
+    require(n_embd % n_head == 0, f"{path}: n_embd is {n_embd}, no multiple of n_head, {n_head}")
     return GPTConfig(*sizes), content
 
 def read_openai(folder):
@@ -91,19 +91,20 @@ def read_hugging_face(path):
             "GPT2LMHeadModel.from_pretrained(FOLDER).save_pretrained(NEW)")
     weights = {}
     for file in files:
-        with explain(f"{file} is not whole: get it again", SafetensorError, OSError):
+        with explain(f"{file} could not be read: get it again", SafetensorError, OSError):
             weights |= load_file(file)
     # Older files hold attention's masks too.
     weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()
                if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-    head = weights.pop("lm_head.weight", None)  # wte.weight again, or instead
-    require(head is None or torch.equal(head, weights.setdefault("wte.weight", head)),
-            f"{path}: lm_head.weight is not wte.weight, and GPT-2 has one for both")
+    head = weights.pop("lm_head.weight", None)
+    if head is not None:  # wte.weight again, or, in some files, instead of it
+        wte = weights.setdefault("wte.weight", head)
+        require(torch.equal(head, wte), f"{path}: lm_head.weight is not wte.weight, as in GPT-2")
 
     path = os.path.join(folder, "config.json")
     config, content = read_config(
         path, ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"),
-        {"n_positions": 1024, **vars(GPTConfig())})  # what transformers takes if it is left out
+        {"n_positions": 1024, **vars(GPTConfig())})  # what transformers takes for what is left out
     for name, allowed in {"activation_function": ("gelu_new", "gelu_pytorch_tanh"),
                           "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,),
                           "scale_attn_by_inverse_layer_idx": (False,)}.items():
@@ -147,12 +148,12 @@ def download(size, folder):
 def fetch(url, target):
     """Downloads into target.part, from where an earlier try stopped, and renames it at the end."""
     part = target + ".part"
-    have = os.path.getsize(part) if os.path.exists(part) else 0
+    have = max(0, os.path.getsize(part) - 1) if os.path.exists(part) else 0  # the last byte again
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # what is in part is longer than the file, so not of it
+        if error.code == 416:  # part is longer than the file, so it is not a part of it
             os.remove(part)
         raise
     with response:
@@ -162,7 +163,8 @@ def fetch(url, target):
         if response.status != 206:  # a server that cannot go on sends all
             have = 0
         total = have + int(length)
-        with open(part, "ab" if have else "wb") as file:
+        with open(part, "ab") as file:
+            file.truncate(have)
             while chunk := response.read(1 << 20):
                 file.write(chunk)
                 have += len(chunk)
@@ -185,7 +187,7 @@ def export(path, folder):
     for name, weight in model.state_dict().items():
         tensors[name] = (weight.T if openai_name(name).endswith("/w") else weight).contiguous()
         if not config.bias and name.endswith(".weight") and "wte" not in name and "wpe" not in name:
-            tensors[name.replace("weight", "bias")] = torch.zeros(len(weight))  # theirs has one
+            tensors[name.replace("weight", "bias")] = torch.zeros(len(weight))  # theirs has all
     contents = {}  # data/export has what is the same for every model
     for template in glob.glob(os.path.join(os.path.dirname(VOCAB_PATH), "export", "*.json")):
         with open(template, encoding="utf-8") as file:
@@ -206,15 +208,15 @@ def export(path, folder):
     contents["tokenizer.json"]["model"] |= {"vocab": contents["vocab.json"], "merges": merges}
     parent = os.path.dirname(os.path.abspath(folder))
     os.makedirs(parent, exist_ok=True)
-    failed = explain(f"{folder} could not be written", SafetensorError, OSError)
-    with failed, tempfile.TemporaryDirectory(dir=parent) as scratch:
+    explained = explain(f"{folder} could not be written", SafetensorError, OSError)
+    with explained, tempfile.TemporaryDirectory(dir=parent) as scratch:
         for name, content in contents.items():
             with open(os.path.join(scratch, name), "w", encoding="utf-8") as file:
                 json.dump(content, file, ensure_ascii=False)
         shutil.copyfile(VOCAB_PATH, os.path.join(scratch, "merges.txt"))
         weights = os.path.join(scratch, "model.safetensors")
         save_file(tensors, weights, metadata={"format": "pt"})
-        shutil.copymode(os.path.join(scratch, "config.json"), weights)  # others may read it too
+        shutil.copymode(os.path.join(scratch, "config.json"), weights)  # save_file keeps it private
         os.makedirs(folder, exist_ok=True)
         for name in os.listdir(scratch):
             os.replace(os.path.join(scratch, name), os.path.join(folder, name))

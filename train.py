@@ -50,7 +50,7 @@ def flags():
     """The command line's parser. A flag that nanoGPT has too is named as there."""
     parser, path = command_line(__doc__), os.path.expanduser
     natural, positive, real = number(int, 0), number(int, 1), number(float, 0)
-    on_off, unset = argparse.BooleanOptionalAction, argparse.SUPPRESS  # unset: not in args
+    on_off, unset = argparse.BooleanOptionalAction, argparse.SUPPRESS  # unset: absent from args
     files = parser.add_argument_group("what to read and write")
     files.add_argument("--data", type=path, default=STORY, help="text, folder of .txt, or .bin")
     files.add_argument("--out_dir", type=path, default="out", help="where all results go")
@@ -73,7 +73,7 @@ def flags():
     flag("--warmup_iters", type=natural, default=30, help="steps in which the rate rises")
     flag("--lr_decay_iters", type=natural, default=unset, help="steps to min_lr (default: all)")
     flag("--weight_decay", type=real, default=0.1, help="how fast weights shrink")
-    # AdamW averages about 1 / (1 - beta) gradients. In 150 steps, 5 teach more than the usual 10.
+    # AdamW averages about 1 / (1 - beta) gradients: 5 for 0.8, better in a short run than 0.9's 10.
     flag("--beta1", type=number(float, 0, 0.9999), default=0.8, help="AdamW's memory of gradients")
     flag("--beta2", type=number(float, 0, 0.9999), default=0.95, help="memory of gradients squared")
     flag("--grad_clip", type=real, default=1.0, help="the longest gradient; 0: of any length")
@@ -89,7 +89,7 @@ def flags():
     flag("--compile", action=on_off, default=unset, help="torch.compile (default: on cuda)")
     return parser
 
-# What --resume may change. With a change of any other flag it would not be the same run.
+# What --resume may change. Another batch_size drops other numbers, but the windows stay the same.
 MAY_CHANGE = ("data", "out_dir", "resume", "max_iters", "batch_size", "gradient_accumulation_steps",
               "eval_interval", "log_interval", "start", "device", "compile")
 
@@ -110,7 +110,7 @@ def starting_point():
         model, _ = load_checkpoint(path)
         names = ("vocab_size", "n_layer", "n_head", "n_embd", "bias")
         saved, weights = {name: getattr(model.config, name) for name in names}, model.state_dict()
-    parser.set_defaults(**saved)  # a flag that is given replaces what the checkpoint says
+    parser.set_defaults(**saved)  # what is given on the command line replaces what was saved
     args = parser.parse_args()
     args.data = os.path.abspath(args.data)
     args.vocab_size = GPTConfig.vocab_size  # GPT-2's tokens are the only ones here
@@ -118,7 +118,7 @@ def starting_point():
     vars(args).setdefault("min_lr", args.learning_rate / 10)
     vars(args).setdefault("lr_decay_iters", args.max_iters)
     if args.resume and args.dtype == "auto":
-        args.dtype = saved["dtype"]  # auto, if typed, is what it was then
+        args.dtype = saved["dtype"]  # a typed --dtype=auto means what it meant then
     changed = [f"{name}={getattr(args, name)} instead of {value}" for name, value in saved.items()
                if name not in MAY_CHANGE and getattr(args, name) != value]
     require(not changed, f"{path} cannot go on with {', '.join(changed)} (windows_per_step is "
@@ -127,13 +127,13 @@ def starting_point():
         positions = weights["wpe.weight"]
         require(args.block_size <= len(positions),
                 f"--block_size={args.block_size}: {path} has only {len(positions)} positions")
-        weights["wpe.weight"] = positions[: args.block_size]
+        weights["wpe.weight"] = positions[: args.block_size]  # a shorter window has the first ones
     return args, weights, state
 
 # ---- Text to tokens ------------------------------------------------------------------------------
 def read_text(files):
     """Yields the text of the files in parts. Encoded one by one, they give the ids of the whole: a
-    part ends before white space, and no token reaches from a visible character into white space."""
+    part ends before white space, and no token begins with a visible character and ends in space."""
     rest = ""
     for name in files:
         if name != files[0]:
@@ -181,7 +181,7 @@ def load_tokens(path, folder, block_size, key=None):
         nameless = os.path.join(folder, f"tokens-{key}.{os.getpid()}")  # n is not known yet
         texts = read_text(files)
         with whole_file(nameless) as file:
-            while group := list(itertools.islice(texts, 16)):  # tiktoken encodes them side by side
+            while group := list(itertools.islice(texts, 16)):  # tiktoken encodes 16 in parallel
                 for ids in get_tokenizer().encode_batch(group, allowed_special="all"):
                     file.write(np.array(ids, dtype=np.uint16))  # two bytes hold 50,257 ids
                 n = file.tell() // 2
@@ -192,7 +192,7 @@ def load_tokens(path, folder, block_size, key=None):
     return kept_tokens(folder, key), key
 
 def read_bin(path):
-    """A file of uint16 token ids, as nanoGPT's -> as load_tokens."""
+    """A file of uint16 token ids, such as nanoGPT's. Returns what load_tokens returns."""
     with explain(f"--data={path} is not bare uint16 tokens of GPT-2", ValueError):
         tokens = np.memmap(path, dtype=np.uint16, mode="r")
         require(tokens.max() <= END_OF_TEXT, f"token {tokens.argmax()} is {tokens.max()}")
@@ -214,9 +214,9 @@ def shuffled(n_windows, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n_windows)
 
 def windows_of(step, micro, args, n_windows):
-    """The numbers of the windows in a micro-batch, a pure function of seed, step and micro: there
-    is no state to save, and a resumed run reads what it would have read."""
-    first = step * args.windows_per_step + micro * args.batch_size  # so many were read before
+    """The numbers of the batch_size windows in a micro-batch, a pure function of seed, step and
+    micro: there is no state to save, and a resumed run reads what it would have read."""
+    first = step * args.windows_per_step + micro * args.batch_size  # windows read before these
     return [int(shuffled(n_windows, args.seed, i // n_windows)[i % n_windows])
             for i in range(first, first + args.batch_size)]
 
@@ -352,7 +352,7 @@ if __name__ == "__main__":
     ckpt_path, best_path, log_path, plot_path = (
         os.path.join(args.out_dir, name) for name in ("ckpt.pt", "best.pt", "log.csv", "loss.png"))
     best = state.get("best", {"step": 0, "val_loss": math.inf})
-    log = state.get("log", [])  # its rows, up to the checkpoint; later ones will be made again
+    log = state.get("log", [])  # rows up to the checkpoint; a resumed run repeats the later steps
     if RANK == 0:
         os.makedirs(args.out_dir, exist_ok=True)
         lock = filelock.FileLock(os.path.join(args.out_dir, "lock"), is_singleton=True)
@@ -367,7 +367,7 @@ if __name__ == "__main__":
     def record(row):
         log.append(row)
         with explain(f"{log_path} could not be written", OSError):
-            log_csv.writerow(row)  # first: what is shown is in the file
+            log_csv.writerow(row)  # before it is shown
         line = [f"{name} {value:.6g}" for name, value in row.items() if name != "tokens"]
         if step > 0:
             left = (args.max_iters - step) * tokens_per_step / row["tokens_per_s"]
@@ -375,7 +375,7 @@ if __name__ == "__main__":
         say(" | ".join(line))
 
     def save(row):
-        # A model that learns a text by heart gets worse on all others: best.pt is from before that.
+        # A model that learns a text by heart gets worse on others. best.pt is from before that.
         if row.get("val_loss", math.inf) < best["val_loss"]:
             best.update(step=step, val_loss=row["val_loss"])
             save_checkpoint(best_path, model, **best)
@@ -388,13 +388,13 @@ if __name__ == "__main__":
         tokens = generate(model, prompt, 40, temperature=0.8, top_k=50,
                           generator=torch.Generator().manual_seed(args.seed))
         text = get_tokenizer().decode([token.item() for token in tokens])
-        say("sample: " + args.start + text.replace("\n", " "))
+        say("sample: " + (args.start + text).replace("\n", " "))
 
     def stop_unless_finite(*values):
         if not all(map(math.isfinite, values)):
             say(f"train.py: error: not finite at step {step}: {values}, learning rate "
-                f"{learning_rate(step, args):.2e}, {args.dtype}; {ckpt_path} has step {saved_at}, "
-                "which --init_from can start from, with a lower --learning_rate", stream="stderr")
+                f"{learning_rate(step, args):.2e}, {args.dtype}; {ckpt_path} has step {saved_at} "
+                "(-1: none) for --init_from with a lower --learning_rate", stream="stderr")
             sys.exit(1)
 
     caught = []  # signals: the first ends the training after the step, the second at once
@@ -421,7 +421,7 @@ if __name__ == "__main__":
             row["train_loss"] = evaluate(model, tokens[:n_train], args, autocast)
             row["val_loss"] = evaluate(model, tokens[n_train:], args, autocast)
             stop_unless_finite(row["train_loss"], row["val_loss"])
-        if RANK == 0 and (evaluating or step > saved_at and step % args.log_interval == 0):
+        if RANK == 0 and (evaluating or (step > saved_at and step % args.log_interval == 0)):
             record(row)
         if RANK == 0 and (evaluating or stop):
             save(row)
@@ -445,7 +445,7 @@ if __name__ == "__main__":
             # Dropout, too, depends on seed, step and micro alone.
             seed = np.random.default_rng((args.seed, step, micro)).integers(2**63)
             torch.manual_seed(int(seed))
-            # Gradients of micro-batches add up here. DDP, if any, exchanges them with the last one.
+            # Gradients of micro-batches add up. With the last of them, DDP (if any) exchanges them.
             trained.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
             with autocast:
                 micro_loss = trained(inputs, targets)
@@ -457,8 +457,8 @@ if __name__ == "__main__":
         # One odd batch must not throw the weights far: a gradient longer than grad_clip is cut to
         # that length. The norm is its length before.
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
-        loss, stop = sum_over_processes(loss.item() / PROCESSES, len(caught))  # stop: if any caught
-        # When float16 overflows, the scaler leaves the step out and multiplies by less, down to 1.
+        loss, stop = sum_over_processes(loss.item() / PROCESSES, len(caught))  # 0 signals: go on
+        # When float16 overflows, the scaler leaves the step out and lowers its factor, down to 1.
         may_overflow = scaler.is_enabled() and scaler.get_scale() > 1
         stop_unless_finite(loss, 0.0 if may_overflow else norm.item())
         scaler.step(optimizer)
@@ -474,7 +474,7 @@ if __name__ == "__main__":
         dist.destroy_process_group()
     if stop and step < args.max_iters:
         say(f"stopped and saved at step {step}; go on with --resume --out_dir={args.out_dir}")
-        sys.exit(128 + (caught or [signal.SIGTERM])[0])  # as shells do; others may have caught it
+        sys.exit(128 + (caught or [signal.SIGTERM])[0])  # as shells do; another process may have it
     say(f"{ckpt_path} has step {step} (--resume --max_iters=N goes on), {best_path} has step "
         f"{best['step']} with the lowest validation loss, {best['val_loss']:.4f}; see {plot_path}\n"
         f"next: python sample.py --checkpoint={best_path} --start \"{args.start}\"")
