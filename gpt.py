@@ -35,8 +35,8 @@ def attend(q, k, v, dropout_p=0.0):
     # Query t is token S - T + t. Later keys get -inf, and exp(-inf) = 0: no token sees the future.
     # triu keeps -inf from key S - T + t + 1 on and writes 0 before it.
     mask = q.new_full((T, S), -math.inf).triu(S - T + 1)  # (T, S)
-    if dropout_p == 0 or q.device.type != "cpu":  # else PyTorch's own is slower than the formula
-        causal = T == S  # makes the same mask, but for T < S it would let query 0 see only key 0
+    if dropout_p == 0 or q.device.type != "cpu":  # on a CPU, dropout is faster below
+        causal = T == S  # is_causal makes this mask, but for T < S its query 0 would see only key 0
         return F.scaled_dot_product_attention(q, k, v, None if causal else mask, dropout_p, causal)
     # A score is a sum of D products and spreads sqrt(D) times as wide as one of them. Without the
     # division, softmax would give nearly all weight to one key and pass no gradient back.
@@ -107,13 +107,14 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # Token and position embeddings. They start empty, and the loop below draws all numbers.
+        # Token and position embeddings. from_pretrained takes these empty tables as they are, where
+        # nn.Embedding(V, C) would draw numbers. The loop below draws them.
         V, C = config.vocab_size, config.n_embd
         self.wte = nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False)
         self.wpe = nn.Embedding.from_pretrained(torch.empty(config.block_size, C), freeze=False)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(C, bias=config.bias)
-        if self.wte.weight.is_meta:  # only shapes are wanted: load_checkpoint has the numbers
+        if self.wte.weight.is_meta:  # shapes without numbers, which load_checkpoint brings
             return
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
@@ -287,7 +288,7 @@ def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
         beams = torch.cat((beams[rows], unseen), dim=1)
         for layer in cache:  # one beam may have several successors, another none
             layer.kv[:, :, :, : layer.length] = layer.kv[:, rows, :, : layer.length]
-        if best_mean >= scores[0] / max_new_tokens:  # scores only fall: the best mean still to come
+        if best_mean >= scores[0] / max_new_tokens:  # scores only fall: none can end above this
             return best
     return beams[0]
 
@@ -334,10 +335,9 @@ def save_checkpoint(path, model, **state):
         torch.save({"config": asdict(model.config), "model": model.state_dict(), **state}, file)
 
 def load_checkpoint(path, verify=False):
-    """path -> GPT on the CPU, in eval mode; dict of the training state. Executes nothing. Weights
-    are mapped from the file: while they are in use, only save_checkpoint may replace it, as it does
-    not write into the old file (torch.save does). With verify, all is read, and checksums are
-    compared. Raises InputError for what is no checkpoint."""
+    """path -> GPT on the CPU, in eval mode; dict of the training state. Runs no code of the file.
+    Weights are mapped from it: only save_checkpoint, not torch.save, may replace it while they are
+    in use. With verify, checksums are compared. Raises InputError for what is no checkpoint."""
     os.stat(path)  # a file that is not there is an OSError
     with explain(f"{path} is no whole checkpoint, but perhaps best.pt beside it is", Exception):
         require(not verify or zipfile.ZipFile(path).testzip() is None, "wrong checksum")
@@ -377,7 +377,7 @@ def command_line(description):
     script with one line on standard error and status 2. Other errors show their traceback."""
     parser = argparse.ArgumentParser(description=description.partition("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    stderr = sys.stderr  # torch.distributed swaps sys.stderr while it calls show
+    stderr = sys.stderr  # when show runs, torch.distributed may have put another one there
 
     def complain(message):
         raise InputError(f"{message}; --help lists the flags")

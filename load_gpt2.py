@@ -40,8 +40,8 @@ def openai_name(name):
     """Our name of a parameter -> OpenAI's: h.3.attn.c_attn.weight -> h3/attn/c_attn/w.
 
     OpenAI and Hugging Face hold w as [in, out], and nn.Linear as [out, in], so what ends in /w is
-    transposed on the way in and out. If that is forgotten, the shapes do not fit, except those of
-    attn/c_proj, which is square: then the model runs, but writes nonsense.
+    transposed on the way in and out. Where that is forgotten the shapes do not fit, but attn/c_proj
+    is square: forgotten there alone, the model runs, but writes nonsense.
     """
     path = re.sub(r"^h\.", "h", name).replace(".", "/").replace("/bias", "/b")
     if path.startswith(("wte", "wpe")):
@@ -49,7 +49,7 @@ def openai_name(name):
     return path.replace("/weight", "/g" if "ln_" in path else "/w")
 
 def read_config(path, names, defaults):
-    """A JSON file, its names for the five sizes in GPTConfig's order -> GPTConfig, all content."""
+    """A JSON file, its names for GPTConfig's first five fields -> GPTConfig, the whole content."""
     with explain(f"{path} is missing or not a JSON object", OSError, ValueError, TypeError):
         with open(path, encoding="utf-8") as file:
             content = defaults | json.load(file)
@@ -79,7 +79,7 @@ def read_openai(folder):
     return config, weights
 
 def read_hugging_face(path):
-    """A folder, or one .safetensors file in one -> as read_openai."""
+    """path, a folder or a .safetensors file in one -> what read_openai returns."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -148,7 +148,7 @@ def download(size, folder):
 def fetch(url, target):
     """Downloads into target.part, from where an earlier try stopped, and renames it at the end."""
     part = target + ".part"
-    have = max(0, os.path.getsize(part) - 1) if os.path.exists(part) else 0  # the last byte again
+    have = max(0, os.path.getsize(part) - 1) if os.path.exists(part) else 0  # never all
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=60)
@@ -187,7 +187,7 @@ def export(path, folder):
     for name, weight in model.state_dict().items():
         tensors[name] = (weight.T if openai_name(name).endswith("/w") else weight).contiguous()
         if not config.bias and name.endswith(".weight") and "wte" not in name and "wpe" not in name:
-            tensors[name.replace("weight", "bias")] = torch.zeros(len(weight))  # theirs has all
+            tensors[name.replace("weight", "bias")] = torch.zeros(len(weight))  # theirs has biases
     contents = {}  # data/export has what is the same for every model
     for template in glob.glob(os.path.join(os.path.dirname(VOCAB_PATH), "export", "*.json")):
         with open(template, encoding="utf-8") as file:
@@ -216,7 +216,7 @@ def export(path, folder):
         shutil.copyfile(VOCAB_PATH, os.path.join(scratch, "merges.txt"))
         weights = os.path.join(scratch, "model.safetensors")
         save_file(tensors, weights, metadata={"format": "pt"})
-        shutil.copymode(os.path.join(scratch, "config.json"), weights)  # save_file keeps it private
+        shutil.copymode(os.path.join(scratch, "config.json"), weights)  # save_file: owner only
         os.makedirs(folder, exist_ok=True)
         for name in os.listdir(scratch):
             os.replace(os.path.join(scratch, name), os.path.join(folder, name))

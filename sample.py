@@ -40,7 +40,7 @@ if prompt == "-" or prompt.startswith("FILE:"):
     path = 0 if prompt == "-" else os.path.expanduser(prompt.removeprefix("FILE:"))
     with open(path, "rb") as file:  # 0 is standard input
         prompt = decode_utf8(file.read(), f"--start={args.start}").removesuffix("\n")
-if prompt[-1:].isspace():  # GPT-2's words begin with their space: after one, few words fit
+if prompt[-1:].isspace():  # GPT-2's words bring their own space: few fit after one more
     print("warning: the prompt ends in white space, and the text may derail", file=sys.stderr)
 
 # Training needs float32 weights, because it adds up many small steps. Here bfloat16 is enough.

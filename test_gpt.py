@@ -126,7 +126,7 @@ def oracle(weights, n_head, tokens):
         return (x - mean) / np.sqrt(variance + 1e-5) * weights[name + "/g"] + weights[name + "/b"]
 
     def project(x, name):
-        return x @ weights[name + "/w"][0] + weights[name + "/b"]
+        return x @ weights[name + "/w"][0] + weights[name + "/b"]  # w is (1, in, out)
 
     T = len(tokens)
     x = weights["wte"][tokens] + weights["wpe"][:T]

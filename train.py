@@ -89,7 +89,7 @@ def flags():
     flag("--compile", action=on_off, default=unset, help="torch.compile (default: on cuda)")
     return parser
 
-# What --resume may change. Another batch_size drops other numbers, but the windows stay the same.
+# What --resume may change. Another batch_size: dropout drops other numbers of the same windows.
 MAY_CHANGE = ("data", "out_dir", "resume", "max_iters", "batch_size", "gradient_accumulation_steps",
               "eval_interval", "log_interval", "start", "device", "compile")
 
@@ -133,7 +133,7 @@ def starting_point():
 # ---- Text to tokens ------------------------------------------------------------------------------
 def read_text(files):
     """Yields the text of the files in parts. Encoded one by one, they give the ids of the whole: a
-    part ends before white space, and no token begins with a visible character and ends in space."""
+    part ends before white space, and no token has white space after a visible character."""
     rest = ""
     for name in files:
         if name != files[0]:
@@ -187,7 +187,7 @@ def load_tokens(path, folder, block_size, key=None):
                 n = file.tell() // 2
                 say(f"{n:,} tokens", end="\r")
             say()
-            split(n, path, block_size)  # a text that is too short leaves no file
+            split(n, path, block_size)  # only to check: a text that is too short leaves no file
         os.replace(nameless, os.path.join(folder, f"tokens-{key}-{n}.bin"))
     return kept_tokens(folder, key), key
 
@@ -291,7 +291,7 @@ if __name__ == "__main__":
             "WORLD_SIZE is set without torchrun's other variables: use torchrun")
 
     # Device. Matrix products are computed in dtype. Weights, gradients, the x between blocks,
-    # LayerNorm, softmax and the loss stay float32.
+    # LayerNorm and the loss stay float32.
     if PROCESSES > 1 and args.device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(LOCAL_RANK)  # the one that "cuda" means from here on
     device, dtype = choose_device(args.device, args.dtype)
@@ -458,7 +458,7 @@ if __name__ == "__main__":
         # that length. The norm is its length before.
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
         loss, stop = sum_over_processes(loss.item() / PROCESSES, len(caught))  # 0 signals: go on
-        # When float16 overflows, the scaler leaves the step out and lowers its factor, down to 1.
+        # When float16 overflows, the scaler skips the step and halves its factor. At 1 it is over.
         may_overflow = scaler.is_enabled() and scaler.get_scale() > 1
         stop_unless_finite(loss, 0.0 if may_overflow else norm.item())
         scaler.step(optimizer)
