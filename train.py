@@ -284,7 +284,7 @@ COLUMNS = ("iter", "tokens", "loss", "train_loss", "val_loss", "lr", "grad_norm"
 
 if __name__ == "__main__":
     args, weights, state = starting_point()
-    step = state.get("step", 0)
+    step = first = state.get("step", 0)
     saved_at = state.get("step", -1)  # the step that ckpt.pt has, or -1
     needed = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     require(PROCESSES == 1 or needed <= os.environ.keys(),
@@ -303,8 +303,7 @@ if __name__ == "__main__":
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
-    # Model.
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # for the weights that are drawn here
     model = GPT(GPTConfig(block_size=args.block_size, n_layer=args.n_layer, n_head=args.n_head,
                           n_embd=args.n_embd, dropout=args.dropout, bias=args.bias))
     if weights:
@@ -369,8 +368,8 @@ if __name__ == "__main__":
         with explain(f"{log_path} could not be written", OSError):
             log_csv.writerow(row)  # before it is shown
         line = [f"{name} {value:.6g}" for name, value in row.items() if name != "tokens"]
-        if step > 0:
-            left = (args.max_iters - step) * tokens_per_step / row["tokens_per_s"]
+        if step > first:
+            left = (time.perf_counter() - begun) * (args.max_iters - step) / (step - first)
             line.append(f"{datetime.timedelta(seconds=int(left))} left")
         say(" | ".join(line))
 
@@ -412,6 +411,7 @@ if __name__ == "__main__":
 
     say(f"a blind guess costs a loss of ln({args.vocab_size}) = {math.log(args.vocab_size):.4f}")
     row, stop = {"iter": 0, "tokens": 0}, False  # the row of a new run's step 0
+    begun = time.perf_counter()
     while True:
         # `step` steps are done. Evaluate, record, save and sample if that is due and the checkpoint
         # that was loaded has not got it already. Then train for one more step.
