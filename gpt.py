@@ -385,10 +385,10 @@ def command_line(description):
     def show(kind, error, trace):
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(5)  # rank 0 usually meets the same error and says it; torchrun then ends all
-        if kind in (BrokenPipeError, KeyboardInterrupt):  # the reader left, or Ctrl-C
-            os._exit(130)
         message = one_line(error)
-        expected = issubclass(kind, (InputError, OSError, torch.OutOfMemoryError))
+        if kind in (BrokenPipeError, KeyboardInterrupt) or "closed by peer" in message:
+            os._exit(130)  # the reader left, Ctrl-C, or another process, which says why
+        expected = issubclass(kind, (InputError, OSError, MemoryError, torch.OutOfMemoryError))
         compiler = kind.__module__.startswith("torch._")  # torch._dynamo and torch._inductor
         if not (expected or compiler or "allocate memory" in message):
             return sys.__excepthook__(kind, error, trace)
@@ -417,7 +417,7 @@ def choose_device(device, dtype):
     if device == "auto":
         available = torch.accelerator.is_available()  # cuda or mps
         device = torch.accelerator.current_accelerator() if available else "cpu"
-    with explain(f"--device={device} is not there", RuntimeError, AssertionError):
+    with explain(f"--device={device} is not there", Exception):
         device = torch.ones(1, device=device).device
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)

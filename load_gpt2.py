@@ -182,7 +182,7 @@ def export(path, folder):
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    model, _ = load_checkpoint(path)
+    model, _ = load_checkpoint(path, verify=True)
     config, tensors = model.config, {}
     for name, weight in model.state_dict().items():
         tensors[name] = (weight.T if openai_name(name).endswith("/w") else weight).contiguous()
@@ -217,7 +217,7 @@ def export(path, folder):
         weights = os.path.join(scratch, "model.safetensors")
         save_file(tensors, weights, metadata={"format": "pt"})
         shutil.copymode(os.path.join(scratch, "config.json"), weights)  # save_file: owner only
-        os.makedirs(folder, exist_ok=True)
+        os.makedirs(folder)  # a new one: nobody's files are replaced
         for name in os.listdir(scratch):
             os.replace(os.path.join(scratch, name), os.path.join(folder, name))
 

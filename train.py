@@ -107,7 +107,7 @@ def starting_point():
             f"{path} holds a run: give --resume, another --out_dir, or delete it")
     if "init_from" in args:
         path = args.init_from
-        model, _ = load_checkpoint(path)
+        model, _ = load_checkpoint(path, verify=True)
         names = ("vocab_size", "n_layer", "n_head", "n_embd", "bias")
         saved, weights = {name: getattr(model.config, name) for name in names}, model.state_dict()
     parser.set_defaults(**saved)  # what is given on the command line replaces what was saved
