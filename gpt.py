@@ -339,7 +339,7 @@ def load_checkpoint(path, verify=False):
     Weights are mapped from it: only save_checkpoint, not torch.save, may replace it while they are
     in use. With verify, checksums are compared. Raises InputError for what is no checkpoint."""
     os.stat(path)  # a file that is not there is an OSError
-    with explain(f"{path} is no whole checkpoint, but perhaps best.pt beside it is", Exception):
+    with explain(f"{path} is no whole checkpoint: try --init_from best.pt beside it", Exception):
         require(not verify or zipfile.ZipFile(path).testzip() is None, "wrong checksum")
         state = torch.load(path, weights_only=True, mmap=not verify, map_location="cpu")
         with torch.device("meta"):  # shapes alone: no memory, and no numbers drawn

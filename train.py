@@ -69,9 +69,9 @@ def flags():
     flag("--batch_size", type=positive, default=2, help="windows computed at once")
     flag("--gradient_accumulation_steps", type=positive, default=1, help="batches in a step")
     flag("--learning_rate", type=number(float, 1e-12), default=4e-4, help="the highest rate")
-    flag("--min_lr", type=real, default=unset, help="the lowest (default: learning_rate / 10)")
+    flag("--min_lr", type=real, default=unset, help="lowest rate (default: learning_rate / 10)")
     flag("--warmup_iters", type=natural, default=30, help="steps in which the rate rises")
-    flag("--lr_decay_iters", type=natural, default=unset, help="steps to min_lr (default: all)")
+    flag("--lr_decay_iters", type=natural, default=unset, help="decay ends at (default: max_iters)")
     flag("--weight_decay", type=real, default=0.1, help="how fast weights shrink")
     # AdamW averages about 1 / (1 - beta) gradients: 5 for 0.8, better in a short run than 0.9's 10.
     flag("--beta1", type=number(float, 0, 0.9999), default=0.8, help="AdamW's memory of gradients")
@@ -162,7 +162,7 @@ def load_tokens(path, folder, block_size, key=None):
     are written to folder once. A run that has a key can go on from there without its text."""
     if not os.path.exists(path):
         tokens = kept_tokens(folder, key)
-        require(tokens is not None, f"--data={path}: no such file or folder; is it elsewhere?")
+        require(tokens is not None, f"--data={path} is not there; --data=NEW says where it is")
         return tokens, key
     if path.endswith(".bin"):
         return read_bin(path)
