@@ -1,6 +1,7 @@
 """GPT-2, the whole model: token ids in, token ids out.
 
-The same forward pass in 30 lines of numpy: `oracle` in test_gpt.py.
+GPT-2 ends with `generate`. One function that it uses stands further down: `dropout`, which is
+F.dropout, faster on a CPU. An assert means a mistake in the program; `require` refuses user input.
 Each tensor's shape stands beside it: B sequences of T tokens, C channels a token (n_embd), H heads
 of D = C / H channels each, V tokens in the vocabulary; S = T + the tokens that a KVCache holds.
 
@@ -17,83 +18,96 @@ import torch.nn.functional as F
 @dataclass(frozen=True)
 class GPTConfig:
     """The sizes of a GPT, by default those of GPT-2 124M."""
-
     vocab_size: int = 50257  # 256 bytes + 50,000 merges + <|endoftext|>
     block_size: int = 1024  # the longest sequence, in tokens
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    dropout: float = 0.0  # the share of numbers set to 0 while training
-    bias: bool = True  # in linear layers and LayerNorms
+    dropout: float = 0.0  # the probability that a number becomes 0, while training
+
+def causal_mask(q, S):
+    """What is added to the scores of q (B, H, T, D), the last T of S tokens: -inf, with exponential
+    0, where a token would see the future. For T = 2 and S = 5:
+                        k0  k1  k2  k3  k4
+                    q3   0   0   0   0 -inf
+                    q4   0   0   0   0   0"""
+    T = q.shape[2]
+    return q.new_full((T, S), -math.inf).triu(S - T + 1)  # (T, S)
 
 def attend(q, k, v, dropout_p=0.0):
-    """softmax(q @ k.T / sqrt(D) + mask) @ v: every query gets a weighted mean of the values.
-    The better a key fits the query, the more its value weighs. k and v are (B, H, S, D). q is
-    (B, H, T, D), for the last T of the S tokens; without a cache T = S. Returns (B, H, T, D). Each
-    weight is dropped with probability dropout_p."""
+    """softmax(q @ k.T / sqrt(D) + mask) @ v: each query gets a weighted mean of the values, and a
+    value weighs more the better its key fits the query. k and v are (B, H, S, D). q (B, H, T, D)
+    has only the last T of the S tokens: all of them if there is no cache. Returns (B, H, T, D)."""
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
-    # Query t is token S - T + t. Later keys get -inf, and exp(-inf) = 0: no token sees the future.
-    # triu keeps -inf from key S - T + t + 1 on and writes 0 before it.
-    mask = q.new_full((T, S), -math.inf).triu(S - T + 1)  # (T, S)
-    if dropout_p == 0 or q.device.type != "cpu":  # on a CPU, dropout is faster below
-        causal = T == S  # is_causal makes this mask, but for T < S its query 0 would see only key 0
-        return F.scaled_dot_product_attention(q, k, v, None if causal else mask, dropout_p, causal)
-    # A score is a sum of D products and spreads sqrt(D) times as wide as one of them. Without the
-    # division, softmax would give nearly all weight to one key and pass no gradient back.
-    scores = (q / math.sqrt(D)) @ k.transpose(2, 3) + mask  # (B, H, T, S)
-    weights = scores.softmax(dim=-1)  # (B, H, T, S), each row sums to 1
-    return dropout(weights, dropout_p) @ v  # F.dropout, but faster on a CPU: see further down
+    if dropout_p > 0 and q.device.type == "cpu":  # our dropout makes this the faster way
+        # A score sums up D products, so it spreads sqrt(D) times as wide as one of them. Without
+        # the division, softmax would give nearly all weight to one key and pass no gradient back.
+        scores = (q / math.sqrt(D)) @ k.transpose(2, 3) + causal_mask(q, S)  # (B, H, T, S)
+        weights = scores.softmax(dim=-1)  # (B, H, T, S), each row sums to 1
+        return dropout(weights, dropout_p) @ v
+    # PyTorch computes the same in one kernel, which divides by sqrt(D) itself. is_causal builds the
+    # mask for T = S. For T < S it would line query 0 up with key 0. A single query sees all keys.
+    mask = None if T in (1, S) else causal_mask(q, S)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p,
+                                          is_causal=T == S)
+
+def linear(n_in, n_out, std=0.02):
+    """An nn.Linear whose weights are drawn as OpenAI drew them, and whose biases are 0."""
+    layer = nn.Linear(n_in, n_out)
+    nn.init.normal_(layer.weight, std=std)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 class CausalSelfAttention(nn.Module):
     """Each token gathers information from itself and the tokens before it.
     One softmax weighs the past in one way. H heads of D channels weigh it in H ways at the same
     cost. OpenAI wrote its linear layers as convolutions that are one token wide, hence c_."""
-
     def __init__(self, config):
         super().__init__()
         C, H = config.n_embd, config.n_head
-        require(C % H == 0, f"n_embd={C} is no multiple of n_head={H}")
-        self.n_head, self.dropout = H, config.dropout
-        self.c_attn = nn.Linear(C, 3 * C, bias=config.bias)
-        self.c_proj = nn.Linear(C, C, bias=config.bias)
+        assert C % H == 0, f"n_embd={C} is no multiple of n_head={H}"
+        self.n_head = H
+        self.dropout_p = config.dropout
+        self.c_attn = linear(C, 3 * C)  # q of all heads, then k, then v
+        # x sums up 2 n_layer results of c_proj, whose variances add. Each starts smaller by
+        # sqrt(2 n_layer), so that x does not grow with the depth.
+        self.c_proj = linear(C, C, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        # Rotary positions, in models that have them, turn q and k here. GPT-2 has wpe, below.
-        if cache:  # this layer's, only while generating: see KVCache
+        if cache is not None:  # this layer's KVCache, only while generating
             k, v = cache.append(k, v)  # (B, H, S, D)
-        y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = attend(q, k, v, self.dropout_p if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
-        return dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
+        return dropout(self.c_proj(y), self.dropout_p, self.training)  # (B, T, C)
 
 class MLP(nn.Module):
     """Each token is transformed by itself: to 4C channels, through GELU, and back to C."""
-
     def __init__(self, config):
         super().__init__()
-        self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        C = config.n_embd
+        self.dropout_p = config.dropout
+        self.c_fc = linear(C, 4 * C)
+        self.c_proj = linear(4 * C, C, std=0.02 / math.sqrt(2 * config.n_layer))  # as above
 
     def forward(self, x):
         # GELU is a smooth max(x, 0). Without it, two linear layers would do no more than one.
         # GPT-2 was trained with its tanh approximation; the exact form gives other numbers.
         x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
-        return dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, C)
+        return dropout(self.c_proj(x), self.dropout_p, self.training)  # (B, T, C)
 
 class Block(nn.Module):
-    """Attention, then MLP. Each reads a normalised x and adds its result to x.
+    """Attention, then MLP. Each reads a normalized x and adds its result to x.
     The sums give gradients a direct way back to every layer. LayerNorm brings each token's channels
     to mean 0 and variance 1, then applies a learned gain and bias."""
-
     def __init__(self, config):
         super().__init__()
         # LayerNorm adds eps to the variance and never divides by 0. PyTorch's 1e-5 is GPT-2's too.
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None):
@@ -101,56 +115,44 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 class GPT(nn.Module):
-    """Embeddings, n_layer blocks, and an output layer that is the token embedding again: reading a
-    token and predicting it take much the same knowledge. That saves 50257 * 768 parameters."""
-
+    """Embeddings, n_layer blocks, and an output layer that is the token embedding again (weight
+    tying): reading a token and predicting it take much the same knowledge."""
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # Token and position embeddings. from_pretrained takes these empty tables as they are, where
-        # nn.Embedding(V, C) would draw numbers. The loop below draws them.
-        V, C = config.vocab_size, config.n_embd
-        self.wte = nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False)
-        self.wpe = nn.Embedding.from_pretrained(torch.empty(config.block_size, C), freeze=False)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # of tokens
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # of positions
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(C, bias=config.bias)
-        if self.wte.weight.is_meta:  # shapes without numbers, which load_checkpoint brings
-            return
-        for name, parameter in self.named_parameters():
-            if parameter.dim() >= 2:
-                # x sums up 2 n_layer results of c_proj, whose variances add. Each starts smaller by
-                # sqrt(2 n_layer), so that x does not grow with the depth.
-                shrink = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
-                nn.init.normal_(parameter, std=0.02 / shrink)  # 0.02 is GPT-2's
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)  # LayerNorm's gains are 1 already
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        nn.init.normal_(self.wte.weight, std=0.02)  # both numbers are from OpenAI's model.py
+        nn.init.normal_(self.wpe.weight, std=0.01)
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, caches=None):
         """idx (B, T) int64 -> logits (B, T, V): a score for each token that could come next.
         With targets (B, T) int64 it returns the loss instead: the mean cross-entropy, a scalar, in
         nats. A token's cross-entropy is -ln(p), where p is the probability that the model gave to
         it. Targets of -100 do not count.
-        With cache, one KVCache a layer, idx holds the tokens that follow the cached ones. The cache
-        grows by them. Only the last of them gets logits, (B, 1, V), and there are no targets.
-        Raises InputError for more than block_size tokens, and for targets of another shape."""
-        T, limit = idx.shape[1], self.config.block_size
-        past = cache[0].length if cache else 0
-        require(past + T <= limit, f"{past + T} tokens do not fit block_size={limit}")
+        With caches, one KVCache a layer, idx holds the tokens that follow the cached ones. The
+        caches grow by them. Only the last of them gets logits, (B, 1, V)."""
+        T = idx.shape[1]
+        past = 0 if caches is None else caches[0].length
+        assert past + T <= self.config.block_size, f"{past + T} tokens exceed block_size"
         x = self.wte(idx) + self.wpe.weight[past : past + T]  # (B, T, C) + (T, C)
         x = dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.h):
-            x = block(x, cache[layer] if cache else None)  # (B, T, C)
-        x = self.ln_f(x[:, -1:] if cache else x)  # (B, T, C), or (B, 1, C)
-        logits = F.linear(x, self.wte.weight)  # (B, T, V), or (B, 1, V)
+            x = block(x, None if caches is None else caches[layer])  # (B, T, C)
+        if caches is not None:
+            x = x[:, -1:]  # (B, 1, C)
+        logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V), or (B, 1, V)
         if targets is None:
             return logits
-        require(targets.shape == idx.shape, f"targets {targets.shape} do not fit idx {idx.shape}")
+        assert targets.shape == idx.shape, f"targets {targets.shape} do not fit idx {idx.shape}"
+        # Under autocast the logits have 16 bits, too few to add up 50,257 exponentials.
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 class KVCache:
-    """One layer's keys and values of the tokens so far: one more token then costs one small step.
-    Queries are not kept. A token asks once, but all later tokens look at its key and value."""
-
+    """One layer's keys and values of the tokens so far, so that each further token computes only
+    its own. Queries are not kept: a token asks once, but all later tokens look at its key."""
     def __init__(self, model, batch_size):
         assert not model.training, "call model.eval() first, or dropout spoils the text"
         config = model.config
@@ -160,90 +162,113 @@ class KVCache:
 
     def append(self, k, v):
         """Stores k and v of new tokens, (B, H, T, D). Returns those of all tokens, (B, H, S, D)."""
-        start, self.length = self.length, self.length + k.shape[2]
-        self.kv[:, :, :, start : self.length] = torch.stack((k, v))
+        start = self.length
+        self.length += k.shape[2]
+        self.kv[0, :, :, start : self.length] = k
+        self.kv[1, :, :, start : self.length] = v
         return self.kv[:, :, :, : self.length]
 
-def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draws one token a row, on the CPU for the same text everywhere: logits (B, V) -> (B,) int64.
+def candidates(logits, temperature=1.0, top_k=None, top_p=None):
+    """The tokens that may come next: logits (B, V) -> their probabilities (B, k), likeliest first,
+    and their ids (B, k) int64.
     temperature divides the logits: below 1 the likely tokens become likelier, above 1 all become
-    more alike, and 0 takes the likeliest token (greedy), as top_k=1 does. top_k keeps the k
+    more alike, and 0 leaves the likeliest token alone (greedy), as top_k=1 does. top_k keeps the k
     likeliest tokens; None and 0 keep all. Of these, top_p > 0 keeps the likeliest, including the
     one that brings the sum of their probabilities to p; None and 1 keep all."""
-    if temperature < 1e-6:
-        return logits.argmax(dim=-1)
     k = min(top_k or logits.shape[-1], logits.shape[-1])
-    logits, ids = logits.float().topk(k)  # both (B, k), the largest logit first
+    if temperature < 1e-6:  # so small a divisor would make infinite numbers
+        temperature = 1.0
+        k = 1
+    logits, ids = logits.float().topk(k)  # both (B, k)
     probs = (logits / temperature).softmax(dim=-1)  # (B, k)
     if top_p is not None and top_p < 1:
         sum_before = probs.cumsum(dim=-1) - probs  # (B, k), of all likelier tokens
-        probs = probs.masked_fill(sum_before >= top_p, 0)  # multinomial rescales the rest
-    choice = torch.multinomial(probs.cpu(), 1, generator=generator)  # (B, 1), from 0 to k - 1
-    return ids.gather(1, choice.to(ids.device))[:, 0]
+        probs = probs.masked_fill(sum_before >= top_p, 0)
+        probs = probs / probs.sum(dim=-1, keepdim=True)
+    return probs, ids
 
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_token=None,
-             generator=None):
+             generator=None, observe=None):
     """Yields the next token of each row, max_new_tokens times: idx (B, T) int64 -> (B,) int64.
-    next_token explains temperature, top_k, top_p and generator. Only the last block_size tokens of
-    idx count. A row repeats its stop_token; when all rows have met theirs, generation ends."""
+    `candidates` explains temperature, top_k and top_p. Only the last block_size tokens of idx
+    count. A row repeats its stop_token; when all rows have met theirs, generation ends. observe, if
+    given, is called as observe(probs, ids, token) with the candidates that token is drawn from."""
     assert idx.dim() == 2 and idx.shape[1] > 0, f"idx {tuple(idx.shape)} is not (B, T), T >= 1"
     window = idx[:, -model.config.block_size :]  # (B, T)
-    cache = [KVCache(model, len(idx)) for _ in model.h]
+    caches = [KVCache(model, len(idx)) for _ in model.h]
     stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
         if window.shape[1] > model.config.block_size:
             # Sliding by one token would change every token's position, and so every key. So the
             # window drops half of its tokens at once, and the others get new keys.
             window = window[:, -max(1, model.config.block_size // 2) :]
-            cache = [KVCache(model, len(idx)) for _ in model.h]
-        unseen = window[:, cache[0].length :]  # one token, or all if the cache is empty
-        logits = model(unseen, cache=cache)[:, -1]  # (B, V)
-        token = next_token(logits, temperature, top_k, top_p, generator)  # (B,)
+            caches = [KVCache(model, len(idx)) for _ in model.h]
+        unseen = window[:, caches[0].length :]  # one token, or all if the caches are empty
+        logits = model(unseen, caches=caches)[:, -1]  # (B, V)
+        probs, ids = candidates(logits, temperature, top_k, top_p)  # both (B, k)
+        # The CPU draws, so a seed gives the same numbers on every machine.
+        choice = torch.multinomial(probs.cpu(), 1, generator=generator)  # (B, 1), from 0 to k - 1
+        token = ids.gather(1, choice.to(ids.device))[:, 0]  # (B,)
         if stop_token is not None:
             token = torch.where(stopped, stop_token, token)
             stopped = token == stop_token
+        if observe is not None:
+            observe(probs, ids, token)
         yield token
         if stopped.all():
             return
         window = torch.cat((window, token[:, None]), dim=1)
 
-# ---- Text and tokens (the model needs none of these imports) -------------------------------------
+# ---- Text and tokens -----------------------------------------------------------------------------
+# What follows needs these imports, and so does dropout.
 import argparse
 import contextlib
-import errno
 import functools
 import os
 import sys
 import time
-import warnings
+import traceback
 import zipfile
 
 import numpy as np
 import tiktoken
-from tiktoken_ext.openai_public import r50k_pat_str
+
+class InputError(ValueError):
+    """What the user gave cannot work. The message says what it is and what to do."""
+
+def require(condition, message):
+    if not condition:
+        raise InputError(message)
 
 VOCAB_PATH = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data", "vocab.bpe")
 END_OF_TEXT = 50256  # <|endoftext|>, which stood between the documents GPT-2 was trained on
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-# vocab.bpe writes each byte as one visible character: 188 bytes as themselves, the other 68 as
-# chr(256) to chr(323). So a space is chr(288). SPELLING has them in the order of tokens 0 to 255.
-VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-OTHERS = sorted(set(range(256)) - set(VISIBLE))
-SPELLING = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
+# A text is cut into these pieces first, and no token spans two of them. ++ is +, only faster.
+PATTERN = (r"'(?:[sdmt]|ll|ve|re)"  # the ending of an English word, as in it's
+           r"| ?\p{L}++| ?\p{N}++"  # a word or a number, with the space before it
+           r"| ?[^\s\p{L}\p{N}]++"  # punctuation
+           r"|\s++$|\s+(?!\S)|\s")  # white space, but for the space that belongs to a word
+
+def byte_spelling():
+    """-> {byte: the visible character that stands for it in vocab.bpe}, in the order of the tokens
+    0 to 255. 188 bytes stand for themselves, the invisible ones become chr(256) to chr(323)."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 @functools.lru_cache
 def get_tokenizer():
-    """GPT-2's byte-pair encoding, a tiktoken.Encoding, from data/vocab.bpe. Each line of that file
-    joins two tokens into a new one, with the next id. To encode a text, the pair that makes the
-    lowest id is joined, again and again: so the two bytes of "é" become one token."""
-    byte_of = {character: byte for byte, character in SPELLING.items()}
-    ranks = {bytes([byte]): i for i, byte in enumerate(SPELLING)}
+    """GPT-2's byte-pair encoding, a tiktoken.Encoding. Each line of data/vocab.bpe joins two tokens
+    into a new one, with the next id. To encode a text, the pair that makes the lowest id is joined,
+    again and again: so the two bytes of "é" become one token. Every byte is a token, so there is no
+    unknown one."""
+    spelling = byte_spelling()
+    byte_of = {character: byte for byte, character in spelling.items()}
+    ranks = {bytes([byte]): i for i, byte in enumerate(spelling)}
     with open(VOCAB_PATH, encoding="utf-8") as file:
         for line in file.read().splitlines()[1:]:  # the first line is a version
             ranks[bytes(byte_of[c] for c in line if c != " ")] = len(ranks)
-    # The pattern cuts a text into words with the space before them, numbers, punctuation and space.
-    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
+    return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": END_OF_TEXT}, explicit_n_vocab=50257)
 
 def encode(text):
@@ -251,58 +276,62 @@ def encode(text):
     return get_tokenizer().encode(text, allowed_special="all")
 
 def decode_utf8(data, name, offset=0):
-    """Bytes that stand at offset in a file -> text with \\n at every line's end. Raises InputError,
-    with the file's name, for a byte that is not UTF-8 or is NUL, as in UTF-16."""
+    """Bytes that stand at offset in a file -> text with \\n at every line's end and without
+    byte-order marks, which stand in the middle where files were joined."""
+    nul = data.find(b"\0")
+    require(nul < 0, f"{name}: byte {offset + nul} is NUL, as in UTF-16; save the file as UTF-8")
     try:
-        text = data.replace(b"\0", b"\xff").decode()  # \xff is never UTF-8: NUL fails as well
+        text = data.decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: byte {offset + error.start} ({data[error.start]:#x}) is not "
                          "UTF-8 text; save the file as UTF-8") from error
-    text = text.removeprefix("\ufeff" if offset == 0 else "")  # the byte-order mark
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n")
 
 # ---- Beam search ---------------------------------------------------------------------------------
 @torch.inference_mode()
 def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
     """idx (1, T) int64 -> the continuation with the highest mean log-probability found, (n,) int64.
-    Each step keeps the N = num_beams likeliest sequences of n new tokens, up to max_new_tokens. One
-    that ends with stop_token is set aside, and wins if no mean is higher."""
-    T, limit, V = idx.shape[1], model.config.block_size, model.config.vocab_size
-    require(T + max_new_tokens <= limit, f"beam search: {T} + {max_new_tokens} tokens do not fit "
-            f"block_size={limit}")
-    cache = [KVCache(model, num_beams) for _ in model.h]
-    unseen, beams = idx.expand(num_beams, -1), idx.new_empty(num_beams, 0)  # (N, T), (N, n)
+    Each step keeps the N = num_beams likeliest sequences of n new tokens. The best that ended with
+    stop_token is kept apart, and returned as soon as no running one can beat it."""
+    V = model.config.vocab_size
+    assert idx.shape[1] + max_new_tokens <= model.config.block_size, "there is no sliding window"
+    caches = [KVCache(model, num_beams) for _ in model.h]
+    beams = idx.new_empty(num_beams, 0)  # (N, n)
+    unseen = idx.expand(num_beams, -1)  # (N, T)
     scores = torch.full((num_beams,), -math.inf, device=idx.device)  # (N,), log-probabilities <= 0
     scores[0] = 0  # all beams are equal at first, so only one may have successors
-    best, best_mean = beams[0], -math.inf  # of those that have ended
+    best_mean = -math.inf  # of best_ended, once there is one
     for n in range(1, max_new_tokens + 1):
-        log_probs = model(unseen, cache=cache)[:, -1].float().log_softmax(dim=-1)  # (N, V)
+        log_probs = model(unseen, caches=caches)[:, -1].float().log_softmax(dim=-1)  # (N, V)
         totals = scores[:, None] + log_probs  # (N, V)
-        if stop_token is not None:
+        if stop_token is not None:  # an end counts, even if N running sequences are likelier
             score, row = totals[:, stop_token].max(dim=0)  # two scalars
             if score / n > best_mean:
-                best_mean, best = score / n, torch.cat((beams[row], idx.new_tensor([stop_token])))
+                best_mean = score / n
+                best_ended = torch.cat((beams[row], idx.new_tensor([stop_token])))
             totals[:, stop_token] = -math.inf
-        scores, places = totals.flatten().topk(num_beams)  # both (N,)
-        rows, unseen = places // V, places[:, None] % V  # (N,) the beams, (N, 1) their new tokens
+        scores, places = totals.flatten().topk(num_beams)  # both (N,), the highest score first
+        rows = places // V  # (N,), the beams that go on: some twice, some never
+        unseen = places[:, None] % V  # (N, 1), their new tokens
         beams = torch.cat((beams[rows], unseen), dim=1)
-        for layer in cache:  # one beam may have several successors, another none
-            layer.kv[:, :, :, : layer.length] = layer.kv[:, rows, :, : layer.length]
-        if best_mean >= scores[0] / max_new_tokens:  # scores only fall: none can end above this
-            return best
+        for cache in caches:
+            cache.kv[:, :, :, : cache.length] = cache.kv[:, rows, :, : cache.length]
+        # Scores are negative and only fall: no sequence can end with a mean above this bound.
+        if best_mean >= scores[0] / max_new_tokens:
+            return best_ended
     return beams[0]
 
 # ---- Faster on a CPU -----------------------------------------------------------------------------
 def dropout(x, p, training=True):
     """F.dropout: while training, each element of x becomes 0 with probability p and the others are
     scaled up, so that the model cannot rely on any single one."""
-    if not training or p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not training or p in (0, 1) or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
     # PyTorch draws a number for each element. NumPy draws 64 bits, which serve four elements: 16
     # bits, read as int16, are a number from -32768 to 32767. The lowest numbers drop their element.
     seed = int(torch.randint(2**62, ()))  # torch.manual_seed decides here too
-    generator, count = np.random.Generator(np.random.SFC64(seed)), x.numel() // 4 + 1
-    words = generator.integers(0, 2**64, count, dtype=np.uint64)
+    generator = np.random.Generator(np.random.SFC64(seed))
+    words = generator.integers(0, 2**64, x.numel() // 4 + 1, dtype=np.uint64)
     numbers = torch.from_numpy(words.view(np.int16))[: x.numel()].view(x.shape)
     dropped = min(round(p * 65536), 65535)  # of 65,536 possible numbers
     keep = torch.ge(numbers, dropped - 32768, out=torch.empty_like(x))  # 0 or 1, in the dtype of x
@@ -311,56 +340,58 @@ def dropout(x, p, training=True):
 # ---- Checkpoints ---------------------------------------------------------------------------------
 @contextlib.contextmanager
 def whole_file(path):
-    """A file to write, which takes the place of path when it is whole and on the disk. If that
-    fails, path stays as it was, and an InputError says why."""
-    explained = explain(f"{path} could not be written", OSError, RuntimeError)
+    """A file to write, path.tmp, which replaces path when it is whole. Else path stays."""
     try:
-        with explained, open(path + ".tmp", "wb") as file:
-            yield file
-            file.flush()
-            try:
-                os.fsync(file.fileno())
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # the answer of some network drives
-                    raise
-                warnings.warn(f"{path}: this drive does not confirm writes", stacklevel=2)
-        os.replace(path + ".tmp", path)
+        with explain(f"{path} could not be written", OSError):
+            with open(path + ".tmp", "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut could leave the new name without content
+            os.replace(path + ".tmp", path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(path + ".tmp")
 
 def save_checkpoint(path, model, **state):
     """Writes config, weights and state (tensors and plain types), or raises InputError."""
-    with whole_file(path) as file:
-        torch.save({"config": asdict(model.config), "model": model.state_dict(), **state}, file)
+    content = {"config": asdict(model.config), "model": model.state_dict(), **state}
+    with explain(f"{path} could not be written", RuntimeError), whole_file(path) as file:
+        torch.save(content, file)
 
 def load_checkpoint(path, verify=False):
     """path -> GPT on the CPU, in eval mode; dict of the training state. Runs no code of the file.
-    Weights are mapped from it: only save_checkpoint, not torch.save, may replace it while they are
-    in use. With verify, checksums are compared. Raises InputError for what is no checkpoint."""
+    verify compares checksums. Without it, weights stay in the file until they are used: whole_file
+    may replace it, since an open file outlives a rename (on Windows it fails), others may not."""
     os.stat(path)  # a file that is not there is an OSError
-    with explain(f"{path} is no whole checkpoint: try --init_from best.pt beside it", Exception):
+    with explain(f"{path} cannot be read as a checkpoint; try another, such as best.pt", Exception):
         require(not verify or zipfile.ZipFile(path).testzip() is None, "wrong checksum")
         state = torch.load(path, weights_only=True, mmap=not verify, map_location="cpu")
-        with torch.device("meta"):  # shapes alone: no memory, and no numbers drawn
-            model = GPT(GPTConfig(**state.pop("config")))
-        # A model that torch.compile has wrapped has _orig_mod. before each name.
+        config = state.pop("config")
+        require(config.pop("bias", True), "it has no biases, and GPT-2 has")
+        # Other programs save what torch.compile made, with _orig_mod. before each name.
         weights = {k.removeprefix("_orig_mod."): w for k, w in state.pop("model").items()}
-        model.load_state_dict(weights, assign=True)
-    return model.eval(), state
+        return with_weights(GPTConfig(**config), weights).eval(), state
+
+def with_weights(config, weights):
+    """-> a GPT that holds these tensors, {name: tensor}. None are drawn first, none are copied."""
+    with torch.device("meta"):  # shapes alone
+        model = GPT(config)
+    model.load_state_dict(weights, assign=True)  # each exactly once, and in its shape
+    return model
+
+@torch.no_grad()
+def center_logits(model):
+    """Moves the logits to around 0. OpenAI's 124M has them between -33 and -116, where bfloat16 has
+    steps of 0.25 and 0.5, and likely tokens tie. wte's mean row goes over to wpe: wte + wpe, which
+    the blocks read, stays, and softmax does not see what all logits of a position lose."""
+    mean = model.wte.weight.mean(dim=0)  # (C,)
+    model.wte.weight -= mean
+    model.wpe.weight += mean
 
 # ---- What the scripts share ----------------------------------------------------------------------
-class InputError(ValueError):
-    """What the user gave cannot work. The message says what it is and what to do."""
-
-def require(condition, message):
-    """Raises InputError unless the condition holds."""
-    if not condition:
-        raise InputError(message)
-
 @contextlib.contextmanager
 def explain(message, *kinds):
-    """Errors of these kinds in a with block become InputError("message (their first sentence)")."""
+    """These kinds of errors in a with block become InputError("message (their first sentence)")."""
     try:
         yield
     except kinds as error:
@@ -372,59 +403,66 @@ def one_line(error):
     """An error's message in one line, without the trace that C++ errors carry."""
     return " ".join(str(error).partition("\nException raised from")[0].split())
 
-def command_line(description):
-    """A script's argument parser. From then on, an error that the user can put right ends the
-    script with one line on standard error and status 2. Other errors show their traceback."""
-    parser = argparse.ArgumentParser(description=description.partition("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    stderr = sys.stderr  # when show runs, torch.distributed may have put another one there
+def require_vocabulary(config, path):
+    require(config.vocab_size == 50257, f"{path} has {config.vocab_size} tokens, GPT-2 has 50257")
 
-    def complain(message):
-        raise InputError(f"{message}; --help lists the flags")
+def show_error(kind, error, trace):
+    """sys.excepthook: one line and status 2 for what the user can put right, else a traceback."""
+    message = one_line(error)
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1  # processes
+    if several and os.environ.get("LOCAL_RANK") != "0":
+        time.sleep(5)  # process 0 usually meets the same error and says it; torchrun then ends all
+    if kind in (BrokenPipeError, KeyboardInterrupt) or (several and "closed by peer" in message):
+        os._exit(130)  # the reader of a pipe left, or it was Ctrl-C, or another process left
+    compiler = kind.__module__.startswith("torch._")  # torch._dynamo and torch._inductor
+    expected = issubclass(kind, (InputError, OSError, MemoryError, torch.OutOfMemoryError))
+    if not (expected or compiler or "allocate memory" in message):
+        return sys.__excepthook__(kind, error, trace)
+    if not issubclass(kind, InputError):  # whoever changes the code needs the place
+        place = traceback.extract_tb(trace)[-1]
+        message += f" ({os.path.basename(place.filename)}:{place.lineno})"
+    if compiler:
+        message += "; --no-compile goes without torch.compile"
+    # torch.distributed puts another stream in the place of sys.stderr, and loses it on sys.exit.
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.__stderr__, flush=True)
+    sys.exit(2)
 
-    def show(kind, error, trace):
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(5)  # rank 0 usually meets the same error and says it; torchrun then ends all
-        message = one_line(error)
-        if kind in (BrokenPipeError, KeyboardInterrupt) or "closed by peer" in message:
-            os._exit(130)  # the reader left, Ctrl-C, or another process, which says why
-        expected = issubclass(kind, (InputError, OSError, MemoryError, torch.OutOfMemoryError))
-        compiler = kind.__module__.startswith("torch._")  # torch._dynamo and torch._inductor
-        if not (expected or compiler or "allocate memory" in message):
-            return sys.__excepthook__(kind, error, trace)
-        print(f"{parser.prog}: error: {message}", file=stderr, flush=True)
-        sys.exit(2)
-
-    parser.error, sys.excepthook = complain, show
+def start_script(doc):
+    """-> an argparse.ArgumentParser, its errors one line without usage. show_error gets others."""
+    sys.excepthook = show_error
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
-            # A log file gets each line at once, and "?" for what cannot be shown.
-            stream.reconfigure(errors="replace", line_buffering=True)
-    return parser
+            stream.reconfigure(errors="replace", line_buffering=True)  # a log gets lines at once
+    return argparse.ArgumentParser(description=doc.partition("\n")[0], usage=argparse.SUPPRESS,
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                   allow_abbrev=False)
 
 def number(kind, low, high=math.inf):
     """A type for argparse: an int or float from low to high, so never nan."""
-    def number(text):  # a name that argparse shows
+    def check(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text}: from {low} to {high} is needed")
         return kind(text)
-    return number
+    check.__name__ = kind.__name__  # argparse says "invalid int value"
+    return check
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 def choose_device(device, dtype):
-    """--device and --dtype -> torch.device, torch.dtype. Raises InputError for what is not there.
-    auto takes bfloat16 where the hardware computes it: float32's range in half the bytes, but with
-    8 bits of precision, not 24. Older GPUs have float16, with 11 bits and a small range."""
+    """--device and --dtype -> torch.device, torch.dtype. auto takes bfloat16 where the hardware has
+    it: float32's range, with 8 bits of precision, not 24. Older GPUs have float16, with 11 bits and
+    a small range."""
     if device == "auto":
-        available = torch.accelerator.is_available()  # cuda or mps
-        device = torch.accelerator.current_accelerator() if available else "cpu"
+        gpu = torch.accelerator.is_available()  # cuda, mps or xpu
+        device = torch.accelerator.current_accelerator() if gpu else "cpu"
     with explain(f"--device={device} is not there", Exception):
         device = torch.ones(1, device=device).device
+    able = {}  # what a CPU can do
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # PyTorch 2.6 cannot tell, so it gets float32
-        able = getattr(torch.cpu, "get_capabilities", dict)()
-        native = able.get("amx_bf16") or able.get("avx512_bf16")
+        able["bfloat16"] = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # PyTorch 2.6 has not
+        able = torch.cpu.get_capabilities()
     if dtype == "auto":
-        fast = {"bfloat16": native, "float16": device.type == "cuda", "float32": True}
-        dtype = next(name for name in fast if fast[name])
+        native = able.get("bfloat16") or able.get("amx_bf16") or able.get("avx512_bf16")
+        dtype = "bfloat16" if native else "float16" if device.type == "cuda" else "float32"
     return device, getattr(torch, dtype)

@@ -1,86 +1,149 @@
-"""Writes text with a trained GPT-2, a token at a time.
+"""Writes text with a trained GPT-2, a token at a time, or scores a text.
 
     python sample.py --start "Every effort moves you"
     python sample.py --checkpoint=models/gpt2-124M.pt --start FILE:prompt.txt --top_p=0.9
+    python sample.py --checkpoint=out/best.pt --score=my.txt
 """
 import argparse
 import codecs
+import math
 import os
 import sys
 import time
 
 import torch
+import torch.nn.functional as F
 
-from gpt import (DTYPES, END_OF_TEXT, beam_search, choose_device, command_line, decode_utf8,
-                 encode, generate, get_tokenizer, load_checkpoint, number, require)
+from gpt import (DTYPES, END_OF_TEXT, beam_search, center_logits, choose_device, decode_utf8,
+                 encode, explain, generate, get_tokenizer, load_checkpoint, number, require,
+                 require_vocabulary, start_script)
 
-parser = command_line(__doc__)
+def read_file(path):
+    """The text of a file, or of standard input for -."""
+    with open(0 if path == "-" else os.path.expanduser(path), "rb") as file:
+        return decode_utf8(file.read(), path)
+
+@torch.inference_mode()
+def score(model, ids):
+    """The mean loss, in nats, of all of ids (n + 1,) int64 but the first. Windows overlap by half,
+    so each token after the first window is predicted from at least half a window before it."""
+    n = len(ids) - 1
+    T = min(model.config.block_size, n)
+    stride = T - T // 2
+    n_windows = math.ceil((n - T) / stride) + 1
+    padding = (0, T + (n_windows - 1) * stride - n)
+    inputs = F.pad(ids[:-1], padding).unfold(0, T, stride)  # (n_windows, T)
+    targets = F.pad(ids[1:], padding, value=-100).unfold(0, T, stride).clone()
+    targets[1:, : T - stride] = -100  # the window before has scored these
+    batch_size = max(1, 2048 // T)
+    total = 0.0
+    for i in range(0, n_windows, batch_size):
+        batch = targets[i : i + batch_size]
+        total += model(inputs[i : i + batch_size], batch).item() * (batch != -100).sum().item()
+        print(f"{i + len(batch):,} of {n_windows:,} windows", end="\r", file=sys.stderr)
+    print(file=sys.stderr)
+    return total / n
+
+parser = start_script(__doc__)
 flag = parser.add_argument
 flag("--start", default="", help="the prompt: text, FILE:path, or - for standard input")
-flag("--checkpoint", default="out/ckpt.pt", type=os.path.expanduser,
-     help="a file that train.py or load_gpt2.py wrote")
+flag("--score", metavar="FILE", default=argparse.SUPPRESS, help="print the loss of a text and end; "
+     "bits a byte can be compared with those of a model with other tokens")
+flag("--checkpoint", default="out/ckpt.pt", type=os.path.expanduser, help="whose weights to use")
 flag("--num_samples", type=number(int, 1), default=1, help="texts, computed as one batch")
 flag("--max_new_tokens", type=number(int, 0), default=200, help="tokens after the prompt")
 flag("--temperature", type=number(float, 0), default=0.8, help="below 1 safer; 0: greedy")
 flag("--top_k", type=number(int, 0), default=50, help="only the k likeliest tokens; 0: all")
-flag("--top_p", type=number(float, 1e-6, 1), default=1.0,
-     help="only the likeliest tokens that reach probability p together; 1: all")
+flag("--top_p", type=number(float, 1e-6, 1), default=1.0, help="the likeliest up to p; 1: all")
 flag("--num_beams", type=number(int, 0), default=0, help="width of beam search; 0: sampling")
-flag("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="same seed, same text")
+flag("--seed", type=number(int, 0, 2**63 - 1), default=1337,
+     help="same seed and flags, same texts; another device or dtype may write others")
+flag("--show", type=number(int, 0), default=0, help="the N likeliest tokens at each place; 0: off")
 flag("--stop", action=argparse.BooleanOptionalAction, default=True, help="end at <|endoftext|>")
 flag("--device", default="auto", help="cuda, mps or cpu; auto: the first that is there")
 flag("--dtype", default="auto", choices=DTYPES, help="of the weights; auto: what is fast here")
 args = parser.parse_args()
 
-require(args.num_beams == 0 or args.num_samples == 1, "--num_beams gives one text")
+sampling = ("temperature", "top_k", "top_p", "seed", "num_samples", "show")
+given = [name for name in sampling if getattr(args, name) != parser.get_default(name)]
+require(not (args.num_beams and given), f"--num_beams does not go with --{' --'.join(given)}")
 require(os.path.exists(args.checkpoint),
         f"{args.checkpoint} is not there: run train.py, or load_gpt2.py 124M, first")
-prompt = args.start
-if prompt == "-" or prompt.startswith("FILE:"):
-    path = 0 if prompt == "-" else os.path.expanduser(prompt.removeprefix("FILE:"))
-    with open(path, "rb") as file:  # 0 is standard input
-        prompt = decode_utf8(file.read(), f"--start={args.start}").removesuffix("\n")
-if prompt[-1:].isspace():  # GPT-2's words bring their own space: few fit after one more
-    print("warning: the prompt ends in white space, and the text may derail", file=sys.stderr)
+text = args.start
+if "score" in args:
+    text = read_file(args.score)
+elif text == "-" or text.startswith("FILE:"):
+    text = read_file(text.removeprefix("FILE:")).removesuffix("\n")
+with explain(f"{text[:30]!r}... cannot be encoded", ValueError):  # a million spaces in a row
+    ids = encode(text)
 
 # Training needs float32 weights, because it adds up many small steps. Here bfloat16 is enough.
 device, dtype = choose_device(args.device, args.dtype)
 model, state = load_checkpoint(args.checkpoint)
-require(model.config.vocab_size == END_OF_TEXT + 1,
-        f"{args.checkpoint} has {model.config.vocab_size} tokens that are not GPT-2's")
+require_vocabulary(model.config, args.checkpoint)
+center_logits(model)
 model.to(device, dtype)
 require(all(weight.isfinite().all() for weight in model.parameters()),
-        f"{args.checkpoint} has weights that are not finite in {dtype}: take another")
+        f"{args.checkpoint} has weights that are not finite in {dtype}")
 loss = f"validation loss {state['val_loss']:.4f}, " if state.get("val_loss") else ""
 print(f"{args.checkpoint}: step {state.get('step')}, {loss}{device}, {dtype}", file=sys.stderr)
 
-tokenizer, block_size = get_tokenizer(), model.config.block_size
-ids = encode(prompt) or [END_OF_TEXT]
-if len(ids) > block_size and not args.num_beams:
-    print(f"warning: the prompt has {len(ids)} tokens, of which the last {block_size} are used",
-          file=sys.stderr)
-idx = torch.tensor([ids], device=device).expand(args.num_samples, -1)  # (B, T)
+if "score" in args:
+    require(len(ids) > 1, f"--score={args.score}: {len(ids)} token(s), and two are needed")
+    loss = score(model, torch.tensor(ids, device=device))
+    n_bytes = len(text.encode())
+    bits = loss * len(ids) / n_bytes / math.log(2)
+    print(f"{args.score}: {len(ids):,} tokens, {n_bytes:,} bytes; loss {loss:.4f} nats a token, "
+          f"perplexity {math.exp(min(loss, 700)):.2f}, {bits:.4f} bits a byte")
+    sys.exit()
+
+if text[-1:].isspace():  # GPT-2's words bring their own space: few fit after one more
+    print("warning: the prompt ends in white space, and the text may derail", file=sys.stderr)
+limit = model.config.block_size
+if args.num_beams:
+    require(len(ids) + args.max_new_tokens <= limit,
+            f"beam search: {len(ids)} + {args.max_new_tokens} tokens exceed block_size={limit}")
+elif len(ids) > limit:
+    print(f"warning: of the prompt's {len(ids)} tokens, the last {limit} are used", file=sys.stderr)
+# In GPT-2's training <|endoftext|> stood before a document, so it stands for an empty prompt.
+idx = torch.tensor([ids or [END_OF_TEXT]], device=device).expand(args.num_samples, -1)  # (B, T)
 stop_token = END_OF_TEXT if args.stop else None
+tokenizer = get_tokenizer()
+texts = [[] for _ in range(args.num_samples)]  # the token ids of each text
+
+def show(probs, ids, token):
+    """Prints the candidates for the first text's next place. Each argument has a row a text."""
+    line = []
+    for i, p in zip(ids[0].tolist(), probs[0].tolist()):
+        if len(line) < args.show or i == token[0]:
+            word = f"{tokenizer.decode([i])!r} {p:.1%}"
+            line.append(f"[{word}]" if i == token[0] else word)
+    if texts[0][-1:] != [stop_token]:  # or it has ended
+        print("", *line, sep="  ", file=sys.stderr)
 
 start = time.perf_counter()
 if args.num_beams:
     tokens = beam_search(model, idx, args.max_new_tokens, args.num_beams, stop_token)[:, None]
 else:
-    tokens = generate(model, idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                      stop_token, torch.Generator().manual_seed(args.seed))
+    tokens = generate(model, idx, args.max_new_tokens, temperature=args.temperature,
+                      top_k=args.top_k, top_p=args.top_p, stop_token=stop_token,
+                      generator=torch.Generator().manual_seed(args.seed),
+                      observe=show if args.show else None)
 
-rows = [[] for _ in range(args.num_samples)]  # the token ids of each text
-# A character may be split over several tokens. The decoder waits until it is whole.
+# The first text appears as it is written. The decoder waits for the whole of a character.
 decoder = codecs.getincrementaldecoder("utf-8")("replace")
-print(prompt, end="", flush=True)
-for token in tokens:  # (B,)
-    for row, new in zip(rows, token.tolist()):
-        if stop_token not in row[-1:]:  # a text that has ended repeats stop_token
-            row.append(new)
-            if row is rows[0] and new != stop_token:  # the first text appears as it is written
-                print(decoder.decode(tokenizer.decode_single_token_bytes(new)), end="", flush=True)
+print(text, end="", flush=True)
+for column in tokens:  # (B,), one token of each text
+    for i, token in enumerate(column.tolist()):
+        if texts[i][-1:] != [stop_token]:  # or it has ended
+            texts[i].append(token)
+            if i == 0 and token != stop_token:
+                piece = tokenizer.decode_single_token_bytes(token)
+                print(decoder.decode(piece), end="", flush=True)
 print(decoder.decode(b"", final=True))
-seconds, count = time.perf_counter() - start, sum(map(len, rows))
-for row in rows[1:]:
-    print("-" * 80, prompt + tokenizer.decode([t for t in row if t != stop_token]), sep="\n")
+seconds = time.perf_counter() - start
+count = sum(map(len, texts))
+for tokens in texts[1:]:
+    print("-" * 80)
+    print(text + tokenizer.decode([token for token in tokens if token != stop_token]))
 print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)

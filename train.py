@@ -5,7 +5,7 @@
     python train.py --resume                           goes on where it stopped
     torchrun --nproc_per_node=4 train.py ...           one run on four GPUs
 
-Read gpt.py first. Here come the functions, then the script, which runs from top to bottom.
+Read gpt.py first. The script at the end runs from top to bottom, and calls what stands above.
 """
 import argparse
 import contextlib
@@ -18,27 +18,32 @@ import hashlib
 import itertools
 import math
 import os
+import re
+import shlex
 import signal
 import sys
 import time
+from dataclasses import asdict, fields
 
 import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from gpt import (DTYPES, END_OF_TEXT, GPT, GPTConfig, choose_device, command_line, decode_utf8,
-                 encode, explain, generate, get_tokenizer, load_checkpoint, number, one_line,
-                 require, save_checkpoint, whole_file)
+from gpt import (DTYPES, END_OF_TEXT, GPT, GPTConfig, InputError, center_logits, choose_device,
+                 decode_utf8, encode, explain, generate, get_tokenizer, load_checkpoint, number,
+                 one_line, require, require_vocabulary, save_checkpoint, start_script, whole_file,
+                 with_weights)
 
 STORY = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data", "story.txt")
+COLUMNS = ("iter", "tokens", "loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s")
 # torchrun tells each process how many there are, and its number among all and on its machine.
 PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
 RANK = int(os.environ.get("RANK", 0)) if PROCESSES > 1 else 0
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if PROCESSES > 1 else 0
 
 def say(*words, stream="stdout", **options):
-    """print, on process 0. A terminal or pipe that has gone away does not end the training."""
+    """print, on process 0. If the terminal or pipe has gone away, training goes on in silence."""
     if RANK == 0:
         try:
             print(*words, file=getattr(sys, stream), **options)
@@ -48,87 +53,105 @@ def say(*words, stream="stdout", **options):
 # ---- Flags ---------------------------------------------------------------------------------------
 def flags():
     """The command line's parser. A flag that nanoGPT has too is named as there."""
-    parser, path = command_line(__doc__), os.path.expanduser
-    natural, positive, real = number(int, 0), number(int, 1), number(float, 0)
-    on_off, unset = argparse.BooleanOptionalAction, argparse.SUPPRESS  # unset: absent from args
-    files = parser.add_argument_group("what to read and write")
-    files.add_argument("--data", type=path, default=STORY, help="text, folder of .txt, or .bin")
-    files.add_argument("--out_dir", type=path, default="out", help="where all results go")
-    flag = files.add_mutually_exclusive_group().add_argument
+    parser = start_script(__doc__)
+    path = os.path.expanduser
+    natural = number(int, 0)
+    positive = number(int, 1)
+    real = number(float, 0)
+    unset = argparse.SUPPRESS  # such a flag is absent from args unless it was typed
+    group = parser.add_argument_group("what to read and write")
+    flag = group.add_argument
+    flag("--data", type=path, default=STORY, help="text, folder of .txt, or .bin")
+    flag("--val_data", type=path, default=unset, help="as --data (default: the last tenth of it)")
+    flag("--out_dir", type=path, default="out", help="where all results go")
+    flag = group.add_mutually_exclusive_group().add_argument
     flag("--resume", action="store_true", help="go on with the run in out_dir, with its flags")
     flag("--init_from", type=path, default=unset, help="a checkpoint whose weights start a new run")
     flag = parser.add_argument_group("model").add_argument
-    flag("--n_layer", type=positive, default=12, help="blocks")
+    flag("--n_layer", type=positive, default=12, help="transformer blocks")
     flag("--n_head", type=positive, default=12, help="attention heads in a block")
-    flag("--n_embd", type=positive, default=768, help="channels of a token")
-    flag("--block_size", type=positive, default=256, help="tokens in a window")
-    flag("--dropout", type=number(float, 0, 0.999), default=0.1, help="share of numbers dropped")
-    flag("--bias", action=on_off, default=True, help="biases in linear layers and LayerNorms")
+    flag("--n_embd", type=positive, default=768, help="embedding dimension")
+    flag("--block_size", type=positive, default=256, help="context length, in tokens")
+    flag("--dropout", type=number(float, 0, 0.999), default=0.1, help="dropout probability")
     flag = parser.add_argument_group("training").add_argument
     flag("--max_iters", type=natural, default=150, help="steps, from the run's beginning")
-    flag("--batch_size", type=positive, default=2, help="windows computed at once")
-    flag("--gradient_accumulation_steps", type=positive, default=1, help="batches in a step")
+    flag("--batch_size", type=positive, default=2, help="windows in a micro-batch")
+    flag("--gradient_accumulation_steps", type=positive, default=1, help="micro-batches in a step")
     flag("--learning_rate", type=number(float, 1e-12), default=4e-4, help="the highest rate")
     flag("--min_lr", type=real, default=unset, help="lowest rate (default: learning_rate / 10)")
-    flag("--warmup_iters", type=natural, default=30, help="steps in which the rate rises")
+    flag("--warmup_iters", type=natural, default=30, help="steps of linear warm-up")
     flag("--lr_decay_iters", type=natural, default=unset, help="decay ends at (default: max_iters)")
-    flag("--weight_decay", type=real, default=0.1, help="how fast weights shrink")
+    flag("--weight_decay", type=real, default=0.1, help="AdamW's weight decay")
     # AdamW averages about 1 / (1 - beta) gradients: 5 for 0.8, better in a short run than 0.9's 10.
-    flag("--beta1", type=number(float, 0, 0.9999), default=0.8, help="AdamW's memory of gradients")
-    flag("--beta2", type=number(float, 0, 0.9999), default=0.95, help="memory of gradients squared")
-    flag("--grad_clip", type=real, default=1.0, help="the longest gradient; 0: of any length")
+    flag("--beta1", type=number(float, 0, 0.9999), default=0.8, help="AdamW's first beta")
+    flag("--beta2", type=number(float, 0, 0.9999), default=0.95, help="AdamW's second beta")
+    flag("--grad_clip", type=real, default=1.0, help="maximum gradient norm; 0: no clipping")
     flag("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="decides all that is random")
     flag = parser.add_argument_group("evaluation").add_argument
     flag("--eval_interval", type=positive, default=30, help="steps between evaluations")
-    flag("--eval_iters", type=positive, default=20, help="steps' worth of text to evaluate on")
+    flag("--eval_windows", type=positive, default=40, help="windows of each split to evaluate on")
     flag("--log_interval", type=positive, default=10, help="steps between printed lines")
     flag("--start", default="Every effort moves you", help="the prompt of the samples")
     flag = parser.add_argument_group("machine").add_argument
     flag("--device", default="auto", help="cuda, mps or cpu; auto: the first that is there")
     flag("--dtype", default="auto", choices=DTYPES, help="of matrix products; auto: what is fast")
-    flag("--compile", action=on_off, default=unset, help="torch.compile (default: on cuda)")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=unset,
+         help="torch.compile (default: on cuda)")
     return parser
 
-# What --resume may change. Another batch_size: dropout drops other numbers of the same windows.
-MAY_CHANGE = ("data", "out_dir", "resume", "max_iters", "batch_size", "gradient_accumulation_steps",
-              "eval_interval", "log_interval", "start", "device", "compile")
+# What --resume may change. With another batch_size, dropout drops other numbers.
+MAY_CHANGE = ("data", "val_data", "out_dir", "resume", "max_iters", "lr_decay_iters", "batch_size",
+              "gradient_accumulation_steps", "eval_interval", "eval_windows", "log_interval",
+              "start", "device", "dtype", "compile")
 
-def starting_point():
-    """Reads the flags and the checkpoint they name -> args, weights or {}, training state or {}."""
-    parser = flags()
-    args = parser.parse_args()
-    path, weights, state, saved = os.path.join(args.out_dir, "ckpt.pt"), {}, {}, {}
+def starting_point(parser, args, ckpt_path):
+    """-> args, with the flags of the checkpoint they name, if any, as defaults; the GPT to train;
+    the state of the run that goes on, or {}."""
+    state = {}
+    saved = {}
+    source = ckpt_path if args.resume else vars(args).get("init_from")
+    if source:
+        model, state = load_checkpoint(source, verify=True)
+        require_vocabulary(model.config, source)
+        saved = asdict(model.config)
     if args.resume:
-        model, state = load_checkpoint(path, verify=True)
-        require({"optimizer", "log", "args"} <= state.keys(),
-                f"{path} has weights but no run: start a new one with --init_from")
-        saved, weights = state["args"] | {"out_dir": args.out_dir}, model.state_dict()
-    require(args.resume or not os.path.exists(path),
-            f"{path} holds a run: give --resume, another --out_dir, or delete it")
-    if "init_from" in args:
-        path = args.init_from
-        model, _ = load_checkpoint(path, verify=True)
-        names = ("vocab_size", "n_layer", "n_head", "n_embd", "bias")
-        saved, weights = {name: getattr(model.config, name) for name in names}, model.state_dict()
-    parser.set_defaults(**saved)  # what is given on the command line replaces what was saved
-    args = parser.parse_args()
-    args.data = os.path.abspath(args.data)
-    args.vocab_size = GPTConfig.vocab_size  # GPT-2's tokens are the only ones here
-    args.windows_per_step = args.batch_size * args.gradient_accumulation_steps * PROCESSES
+        require("val_data" in state, f"{source} has no run to go on: start one with --init_from")
+        saved |= state["args"] | {"out_dir": args.out_dir}
+    elif source:
+        state = {}
+        positions = saved["block_size"]
+        saved["block_size"] = min(positions, args.block_size)
+        del saved["dropout"]
+    args = parser.parse_args(namespace=argparse.Namespace(**saved))
+    for field in fields(GPTConfig):
+        vars(args).setdefault(field.name, field.default)  # vocab_size has no flag
+    vars(args).setdefault("val_data", "")
     vars(args).setdefault("min_lr", args.learning_rate / 10)
     vars(args).setdefault("lr_decay_iters", args.max_iters)
-    if args.resume and args.dtype == "auto":
-        args.dtype = saved["dtype"]  # a typed --dtype=auto means what it meant then
+    args.data = os.path.abspath(args.data)
+    args.val_data = args.val_data and os.path.abspath(args.val_data)
+    args.windows_per_step = args.batch_size * args.gradient_accumulation_steps * PROCESSES
     changed = [f"{name}={getattr(args, name)} instead of {value}" for name, value in saved.items()
-               if name not in MAY_CHANGE and getattr(args, name) != value]
-    require(not changed, f"{path} cannot go on with {', '.join(changed)} (windows_per_step is "
-            "batch_size x gradient_accumulation_steps x processes)")
-    if weights:
-        positions = weights["wpe.weight"]
-        require(args.block_size <= len(positions),
-                f"--block_size={args.block_size}: {path} has only {len(positions)} positions")
-        weights["wpe.weight"] = positions[: args.block_size]  # a shorter window has the first ones
-    return args, weights, state
+               if not (args.resume and name in MAY_CHANGE) and getattr(args, name) != value]
+    cure = "a new run with --init_from may have other flags" if args.resume else "leave them out"
+    if "windows_per_step" in str(changed):
+        cure = "windows_per_step is batch_size x gradient_accumulation_steps x processes"
+    require(not changed, f"{source} cannot go on with {', '.join(changed)}; {cure}")
+    require(args.n_embd % args.n_head == 0, f"--n_embd={args.n_embd} % --n_head={args.n_head} > 0")
+    require(args.min_lr <= args.learning_rate, f"--min_lr={args.min_lr} is above --learning_rate")
+    config = GPTConfig(**{field.name: getattr(args, field.name) for field in fields(GPTConfig)})
+    if not source:
+        torch.manual_seed(args.seed)
+        model = GPT(config)
+    elif not args.resume:
+        weights = model.state_dict()
+        weights["wpe.weight"] = weights["wpe.weight"][: args.block_size].clone()
+        model = with_weights(config, weights)
+        center_logits(model)
+        if args.block_size < positions:
+            say(f"{source} has {positions:,} positions, of which the first {args.block_size:,} are "
+                f"kept; --block_size={positions} keeps all")
+    return args, model, state
 
 # ---- Text to tokens ------------------------------------------------------------------------------
 def read_text(files):
@@ -137,77 +160,71 @@ def read_text(files):
     rest = ""
     for name in files:
         if name != files[0]:
-            # Windows may reach from one file into the next, and attention looks across. As in
-            # GPT-2's own training, the model has to learn what this token means.
+            # Attention looks across it: as GPT-2 did, the model has to learn what it means.
             rest += "<|endoftext|>"
         offset = 0
         with open(name, "rb") as file:
-            while data := b"".join(file.readlines(2**20)):  # whole lines, a megabyte or more
+            while data := b"".join(file.readlines(2**18)):  # whole lines, 256 kB or more
                 text = rest + decode_utf8(data, name, offset)
+                offset += len(data)
+                space = len(text) > 900_000 and re.search(r"\s{900000}", text)
+                if space:
+                    raise InputError(f"{name}: after {text[: space.start()][-30:]!r} come 900,000 "
+                                     "white-space characters, more than tiktoken takes")
                 part = text.rstrip()
                 yield part
                 rest = text[len(part) :]
-                offset += len(data)
     yield rest
 
-def kept_tokens(folder, key):
-    """The tokens (n,) uint16 of the text with this key, if folder has all of them, else None."""
-    for path in glob.glob(os.path.join(glob.escape(folder), f"tokens-{key}-*.bin")):
-        n, odd = divmod(os.path.getsize(path), 2)
-        if path.endswith(f"-{n}.bin") and not odd:
-            return np.memmap(path, dtype=np.uint16, mode="r")
-
-def load_tokens(path, folder, block_size, key=None):
-    """--data -> its tokens (n,) uint16, mapped from a file; their key, a hash. The tokens of a text
-    are written to folder once. A run that has a key can go on from there without its text."""
-    if not os.path.exists(path):
-        tokens = kept_tokens(folder, key)
-        require(tokens is not None, f"--data={path} is not there; --data=NEW says where it is")
-        return tokens, key
+def load_tokens(flag, args, state):
+    """--data or --val_data -> its tokens (n,) uint16, mapped from a file; their hash. Those of a
+    text are kept in out_dir: a run goes on with them, whatever became of the text."""
+    path = getattr(args, flag)
     if path.endswith(".bin"):
-        return read_bin(path)
-    files = [path]
-    if os.path.isdir(path):
-        files = sorted(glob.glob(os.path.join(glob.escape(path), "*.[tT][xX][tT]")))
-    sha, characters = hashlib.sha256(), 0
-    for text in read_text(files):
-        sha.update(text.encode())
-        characters += len(text)
-    say(f"{path}: {characters:,} characters in {len(files)} file(s)")
-    require(characters > 0, f"--data={path}: there is no text in it")
-    key = sha.hexdigest()[:16]
-    if kept_tokens(folder, key) is None:
-        os.makedirs(folder, exist_ok=True)
-        nameless = os.path.join(folder, f"tokens-{key}.{os.getpid()}")  # n is not known yet
-        texts = read_text(files)
-        with whole_file(nameless) as file:
-            while group := list(itertools.islice(texts, 16)):  # tiktoken encodes 16 in parallel
-                for ids in get_tokenizer().encode_batch(group, allowed_special="all"):
-                    file.write(np.array(ids, dtype=np.uint16))  # two bytes hold 50,257 ids
-                n = file.tell() // 2
-                say(f"{n:,} tokens", end="\r")
-            say()
-            split(n, path, block_size)  # only to check: a text that is too short leaves no file
-        os.replace(nameless, os.path.join(folder, f"tokens-{key}-{n}.bin"))
-    return kept_tokens(folder, key), key
+        tokens = read_bin(path)
+    else:
+        kept = os.path.join(args.out_dir, f"{flag}.bin")
+        same_run = LOCAL_RANK > 0 or state.get("args", {}).get(flag) == path
+        if not (same_run and os.path.exists(kept)):
+            write_tokens(path, kept, state.get(flag))
+        with explain(f"{kept} was cut: delete it", ValueError):
+            tokens = np.memmap(kept, dtype=np.uint16, mode="r")
+    return tokens, hashlib.sha256(tokens).hexdigest()
+
+def write_tokens(path, kept, expected_hash):
+    """Encodes a text or a folder of texts to uint16, which hold 50,257 ids, in the file `kept`."""
+    require(os.path.exists(path), f"{path} is not there; --data=PATH gives its place")
+    folder = os.path.join(glob.escape(path), "*.[tT][xX][tT]")
+    files = sorted(glob.glob(folder)) if os.path.isdir(path) else [path]
+    sha = hashlib.sha256()
+    characters = 0
+    texts = read_text(files)
+    with whole_file(kept) as file:
+        while group := list(itertools.islice(texts, 16)):  # tiktoken encodes 16 in parallel
+            for ids in get_tokenizer().encode_batch(group, allowed_special="all"):
+                array = np.array(ids, dtype=np.uint16)
+                sha.update(array)
+                file.write(array)
+            characters += sum(map(len, group))
+            say(f"{path}: {len(files)} file(s), {characters:,} characters, {file.tell() // 2:,} "
+                "tokens", end="\r")
+        say()
+        require(characters > 0, f"{path}: there is no text in it")
+        require(expected_hash in (None, sha.hexdigest()), f"{path} is not the text of this run")
 
 def read_bin(path):
-    """A file of uint16 token ids, such as nanoGPT's. Returns what load_tokens returns."""
-    with explain(f"--data={path} is not bare uint16 tokens of GPT-2", ValueError):
+    """A file of uint16 token ids, such as nanoGPT's -> tokens (n,), mapped from it."""
+    with explain(f"{path} is not bare uint16 tokens of GPT-2", OSError, ValueError):
         tokens = np.memmap(path, dtype=np.uint16, mode="r")
-        require(tokens.max() <= END_OF_TEXT, f"token {tokens.argmax()} is {tokens.max()}")
         require(tokens[:3].tobytes() != b"\x93NUMPY", "but a .npy file")
-        require(tokens[1::2].any(), "but wider integers")  # whose upper halves are 0
-    return tokens, hashlib.sha256(tokens).hexdigest()[:16]
+        require(tokens[1:99:2].any(), "but wider integers")  # whose upper halves are 0
+        largest = tokens.max()
+        require(largest <= END_OF_TEXT, f"its largest id is {largest}, above {END_OF_TEXT}")
+        require(largest > 255, f"its largest id is {largest}, and up to 255 they are single bytes: "
+                "its ids are another vocabulary's, such as characters'")
+    return tokens
 
-def split(n, path, block_size):
-    """n tokens -> the sizes of the training split, nine tenths, and of the validation split."""
-    n_train, n_val = int(0.9 * n), n - int(0.9 * n)
-    require(n_val > block_size, f"--data={path} is too short: with {n_val} tokens to validate, the "
-            f"largest --block_size is {n_val - 1}")
-    return n_train, n_val
-
-# ---- Windows, schedule, evaluation, plot ---------------------------------------------------------
+# ---- Windows, schedule, step, evaluation ---------------------------------------------------------
 @functools.lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
 def shuffled(n_windows, seed, epoch):
     """The order in which an epoch, one pass over the text, reads the windows."""
@@ -215,27 +232,60 @@ def shuffled(n_windows, seed, epoch):
 
 def windows_of(step, micro, args, n_windows):
     """The numbers of the batch_size windows in a micro-batch, a pure function of seed, step and
-    micro: there is no state to save, and a resumed run reads what it would have read."""
+    micro, so a resumed run reads what it would have read. Windows do not overlap and are not drawn
+    at random: each token is a target once an epoch."""
     first = step * args.windows_per_step + micro * args.batch_size  # windows read before these
     return [int(shuffled(n_windows, args.seed, i // n_windows)[i % n_windows])
             for i in range(first, first + args.batch_size)]
 
 def get_batch(tokens, windows, block_size, device):
-    """-> inputs and targets, both (B, T) int64. A token's target is the token after it, so a window
-    trains T predictions at once: place t sees tokens 0 to t."""
+    """-> inputs and targets, both (B, T) int64. A token's target is the token after it."""
     rows = np.stack([tokens[w * block_size : (w + 1) * block_size + 1] for w in windows])
     rows = torch.from_numpy(rows.astype(np.int64)).to(device)  # (B, T + 1)
     return rows[:, :-1], rows[:, 1:]
 
+def loss_on(windows, model, tokens, args):
+    """The model's mean loss on these windows of tokens, a scalar. Matrix products are computed in
+    args.dtype. Weights, gradients, the x between blocks, LayerNorm and the loss stay float32."""
+    device = next(model.parameters()).device
+    inputs, targets = get_batch(tokens, windows, args.block_size, device)
+    with torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
+        return model(inputs, targets)
+
 def learning_rate(step, args):
     """The rate of a step, counted from 0: a linear warm-up, since AdamW's averages rest on few
     gradients at first, then half a cosine down to min_lr, to settle into a minimum."""
-    if step < args.warmup_iters:
-        return args.learning_rate * (step + 1) / args.warmup_iters
     if step >= args.lr_decay_iters:
         return args.min_lr
+    if step < args.warmup_iters:
+        return args.learning_rate * (step + 1) / args.warmup_iters
     progress = (step - args.warmup_iters) / (args.lr_decay_iters - args.warmup_iters)
     return args.min_lr + (args.learning_rate - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+def train_step(step, model, tokens, optimizer, scaler, args):
+    """One step of AdamW. Returns the mean loss of this process's windows, and the gradient norm."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args)
+    n_windows = (len(tokens) - 1) // args.block_size
+    loss = 0.0
+    for i in range(args.gradient_accumulation_steps):
+        micro = i * PROCESSES + RANK  # the micro-batch's number among all of the step
+        # Dropout, too, depends on seed, step and micro alone.
+        torch.manual_seed(int(np.random.default_rng((args.seed, step, micro)).integers(2**63)))
+        if PROCESSES > 1:  # gradients of micro-batches add up; DDP exchanges them with the last
+            model.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
+        windows = windows_of(step, micro, args, n_windows)
+        # Means, divided by their number, add up to the mean of one large batch.
+        micro_loss = loss_on(windows, model, tokens, args) / args.gradient_accumulation_steps
+        scaler.scale(micro_loss).backward()
+        loss += micro_loss.detach()
+    scaler.unscale_(optimizer)
+    # One odd batch must not throw the weights far. The norm is that before the clipping.
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return loss.item(), norm.item()
 
 def sum_over_processes(*values):
     """Adds up each of the values, Python numbers, over all processes."""
@@ -247,20 +297,52 @@ def sum_over_processes(*values):
     return total.tolist()
 
 @torch.no_grad()
-def evaluate(model, tokens, args, autocast):
-    """The mean loss, in nats, on the first windows of tokens, as many as eval_iters steps read. It
-    draws no random number: the run is the same however often it is evaluated."""
-    n_windows = min((len(tokens) - 1) // args.block_size, args.eval_iters * args.windows_per_step)
-    mine, total = range(n_windows)[RANK::PROCESSES], 0.0  # this process's share
-    for start in range(0, len(mine), args.batch_size):
-        windows = mine[start : start + args.batch_size]
-        with autocast:
-            loss = model(*get_batch(tokens, windows, args.block_size, model.wte.weight.device))
-        total += loss.item() * len(windows)
-    return sum_over_processes(total)[0] / n_windows
+def evaluate(model, tokens, args):
+    """The mean loss, in nats a token, on eval_windows windows that are spread evenly over tokens.
+    They are always the same, and no random number is drawn."""
+    n_windows = (len(tokens) - 1) // args.block_size
+    n = min(n_windows, args.eval_windows)
+    windows = [i * n_windows // n for i in range(n)][RANK::PROCESSES]  # this process's share
+    total = 0.0
+    for start in range(0, len(windows), args.batch_size):
+        batch = windows[start : start + args.batch_size]
+        total += loss_on(batch, model, tokens, args).item() * len(batch)
+    return sum_over_processes(total)[0] / n
+
+def record(row, log_csv, seconds_left):
+    """Writes a row of the log, then prints it."""
+    log_csv.writerow(row)
+    line = [f"{name} {value:.6g}" for name, value in row.items() if name != "tokens"]
+    if "val_loss" in row:
+        line.append(f"val_perplexity {math.exp(min(row['val_loss'], 700)):.6g}")
+    if seconds_left < 1e9:
+        line.append(f"{datetime.timedelta(seconds=int(seconds_left))} left")
+    say(" | ".join(line))
+
+def stop_unless_finite(name, value, step, saved_at, args):
+    """Ends the script with status 1 if value is infinite or nan, and says how to start again."""
+    if not math.isfinite(value):
+        path = os.path.join(args.out_dir, "ckpt.pt")
+        lower = f"--learning_rate={args.learning_rate / 4:.1e}"
+        cure = f"There is no checkpoint yet: start again with {lower}"
+        if saved_at >= 0:
+            data = shlex.join([f"--init_from={path}", f"--data={args.data}"])
+            cure = f"{path} still has step {saved_at}: python train.py {data} --out_dir=NEW {lower}"
+        say(f"train.py: error: {name} is {value} at step {step} (learning rate "
+            f"{learning_rate(step - 1, args):.1e}, {args.dtype}). {cure}", stream="stderr")
+        sys.exit(1)
+
+def show_sample(model, args):
+    """Prints 40 tokens that the model writes after --start."""
+    device = next(model.parameters()).device
+    prompt = torch.tensor([encode(args.start) or [END_OF_TEXT]], device=device)
+    tokens = generate(model, prompt, 40, temperature=0.8, top_k=50,
+                      generator=torch.Generator().manual_seed(args.seed))
+    text = get_tokenizer().decode([token.item() for token in tokens])
+    say("sample: " + (args.start + text).replace("\n", " "))
 
 def plot(log, tokens_per_step, path):
-    """Draws the losses in log over steps, with perplexity on the right and tokens seen above."""
+    """Draws the losses in log over steps, with perplexity, exp(loss), on the right."""
     try:
         from matplotlib.figure import Figure
         figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -272,209 +354,203 @@ def plot(log, tokens_per_step, path):
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         axes.grid(alpha=0.3)
         axes.legend()
-        right, top = axes.twinx(), axes.twiny()
-        right.set(yscale="log", ylim=np.exp(axes.get_ylim()), ylabel="perplexity = exp(loss)")
-        top.set(xlim=np.multiply(axes.get_xlim(), tokens_per_step), xlabel="tokens seen")
+        axes.twinx().set(yscale="log", ylim=np.exp(axes.get_ylim()), ylabel="perplexity")
+        axes.twiny().set(xlim=np.multiply(axes.get_xlim(), tokens_per_step), xlabel="tokens seen")
         figure.savefig(path, dpi=110)
     except Exception as error:  # a picture is not worth a run
         say(f"warning: no {path}: {one_line(error)}", stream="stderr")
 
+# ---- The system ----------------------------------------------------------------------------------
+def lock_folder(folder):
+    """Only one run may write to a folder. The system drops the lock when this process ends."""
+    os.makedirs(folder, exist_ok=True)
+    # is_singleton: a second %run in the same notebook is given the lock again.
+    lock = filelock.FileLock(os.path.join(folder, "lock"), is_singleton=True)
+    with explain(f"--out_dir={folder}: another train.py is using it", filelock.Timeout):
+        lock.acquire(timeout=0)
+    return lock
+
+def catch_signals():
+    """-> a list that gets the signals which ask this process to end. The first one ends the
+    training after the step, a second one of its kind ends the process at once."""
+    caught = []
+    def finish(signum, _):
+        caught.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # os.write, for the signal may interrupt a print
+            text = b"finishing the step, then saving; once more ends it without saving\n"
+            os.write(2, text if RANK == 0 else b"")
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        signum = getattr(signal, name, None)  # Windows has no SIGHUP
+        if signum and signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(signum, finish)
+    return caught
+
+def keep_freed_memory():
+    """glibc gives large freed buffers back to the system, and the next step pays a page fault for
+    each 4 kB of them. With these settings glibc keeps them."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+def peak_memory(device):
+    """The most memory that the run has held, in GB: the GPU's if there is one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if os.name == "nt":
+        return math.nan
+    import resource  # Windows has none
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
 # ---- The script ----------------------------------------------------------------------------------
-COLUMNS = ("iter", "tokens", "loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s")
-
 if __name__ == "__main__":
-    args, weights, state = starting_point()
-    step = first = state.get("step", 0)
-    saved_at = state.get("step", -1)  # the step that ckpt.pt has, or -1
-    needed = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    require(PROCESSES == 1 or needed <= os.environ.keys(),
-            "WORLD_SIZE is set without torchrun's other variables: use torchrun")
+    parser = flags()
+    args = parser.parse_args()
+    ckpt_path, best_path, log_path, plot_path = (
+        os.path.join(args.out_dir, name) for name in ("ckpt.pt", "best.pt", "log.csv", "loss.png"))
+    require(not args.resume or os.path.exists(ckpt_path), f"--resume: {ckpt_path} is not there")
+    if RANK == 0:
+        lock = lock_folder(args.out_dir)
+    require(args.resume or not os.path.exists(ckpt_path),
+            f"{ckpt_path} holds a run: give --resume, another --out_dir, or delete it")
+    args, model, state = starting_point(parser, args, ckpt_path)
 
-    # Device. Matrix products are computed in dtype. Weights, gradients, the x between blocks,
-    # LayerNorm and the loss stay float32.
     if PROCESSES > 1 and args.device != "cpu" and torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        require(LOCAL_RANK < gpus, f"there are {gpus} GPU(s) here: --nproc_per_node={gpus} fits")
         torch.cuda.set_device(LOCAL_RANK)  # the one that "cuda" means from here on
     device, dtype = choose_device(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # glibc gives large freed buffers back to the system. The next step takes them again and
-        # pays a page fault for each 4 kB. With these settings glibc keeps them.
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-    torch.manual_seed(args.seed)  # for the weights that are drawn here
-    model = GPT(GPTConfig(block_size=args.block_size, n_layer=args.n_layer, n_head=args.n_head,
-                          n_embd=args.n_embd, dropout=args.dropout, bias=args.bias))
-    if weights:
-        model.load_state_dict(weights)
-        weights.clear()  # gives their memory back
+    keep_freed_memory()
     model.to(device)
-    parameters = list(model.parameters())
 
-    # Data. The first process of each machine makes the tokens file, and the others find it.
+    # The first process of each machine makes the tokens files, and the others find them.
     if PROCESSES > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(hours=12))  # to tokenize a long text
+        with explain("WORLD_SIZE is set, but not by torchrun, which starts processes", ValueError):
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                    timeout=datetime.timedelta(hours=12))  # to tokenize a long text
     if LOCAL_RANK > 0:
         dist.barrier()
-    tokens, key = load_tokens(args.data, args.out_dir, args.block_size, state.get("key"))
+    tokens, data = load_tokens("data", args, state)
+    n_train = len(tokens) * 9 // 10
+    train_tokens = tokens[:n_train]
+    val_tokens = tokens[n_train:]
+    val_data = ""
+    if args.val_data:
+        train_tokens = tokens
+        val_tokens, val_data = load_tokens("val_data", args, state)
     if PROCESSES > 1 and LOCAL_RANK == 0:
         dist.barrier()
-    require(key == state.get("key", key), f"--data={args.data} is not the text of this run")
-    n_train, n_val = split(len(tokens), args.data, args.block_size)
-    n_windows = (n_train - 1) // args.block_size
+    require(not state or [state["data"], state["val_data"]] == [data, val_data],
+            f"--data={args.data} --val_data={args.val_data}: these are not the texts of this run "
+            f"(if they are, delete data.bin and val_data.bin in {args.out_dir})")
+    largest = min(len(train_tokens), len(val_tokens)) - 1  # the last token is a target only
+    cure = f"the largest --block_size is {largest}" if largest > 0 else "more text is needed"
+    require(largest >= args.block_size, f"--data={args.data} is too short: {len(train_tokens)} "
+            f"tokens to train on, {len(val_tokens)} to validate; {cure}")
+    for purpose, tokens in (("train on", train_tokens), ("validate", val_tokens)):
+        n = (len(tokens) - 1) // args.block_size
+        say(f"{len(tokens):,} tokens to {purpose}: {n:,} windows of {args.block_size}, of which "
+            f"{min(n, args.eval_windows)} are evaluated")
     tokens_per_step = args.windows_per_step * args.block_size
-    say(f"{n_train:,} tokens to train on, {n_windows:,} windows of {args.block_size}; {n_val:,} to "
-        f"validate\n{sum(p.numel() for p in parameters):,} parameters, {device}, {args.dtype}, "
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {args.dtype}, "
         f"{tokens_per_step:,} tokens a step")
 
     # Optimizer. AdamW moves a weight by lr times its averaged gradient, divided by the root of its
     # averaged squared gradient. It shrinks matrices and embeddings by lr * weight_decay, so that
-    # none grows without need. Biases and gains are too few to overfit, and a gain should not be 0.
+    # none grows without need. Biases and gains are too few to overfit.
     optimizer = torch.optim.AdamW(
-        [{"params": [p for p in parameters if p.dim() >= 2]},
-         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}],
+        [{"params": [p for p in model.parameters() if p.dim() >= 2]},
+         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
         betas=(args.beta1, args.beta2), weight_decay=args.weight_decay, fused=True)
     # float16 has nothing between 0 and 6e-8. The scaler multiplies the loss, and so all gradients,
     # by a large number, and divides the gradients by it before they are used.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if args.resume:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        say(f"going on from step {step}")
+        optimizer.load_state_dict(state.pop("optimizer"))  # pop gives its memory back
+        if state["scaler"]:  # it is empty if the run had another dtype
+            scaler.load_state_dict(state["scaler"])
+        say(f"going on from step {state['step']}")
     # DDP averages gradients over processes. It and torch.compile share the model's own weights.
-    trained = torch.compile(model) if getattr(args, "compile", device.type == "cuda") else model
+    wrapped = torch.compile(model) if getattr(args, "compile", device.type == "cuda") else model
     if PROCESSES > 1:
-        trained = torch.nn.parallel.DistributedDataParallel(trained)
+        wrapped = torch.nn.parallel.DistributedDataParallel(wrapped)
 
-    ckpt_path, best_path, log_path, plot_path = (
-        os.path.join(args.out_dir, name) for name in ("ckpt.pt", "best.pt", "log.csv", "loss.png"))
+    step = first_step = state.get("step", 0)
+    saved_at = state.get("step", -1)  # the step that ckpt.pt has, or -1
     best = state.get("best", {"step": 0, "val_loss": math.inf})
     log = state.get("log", [])  # rows up to the checkpoint; a resumed run repeats the later steps
     if RANK == 0:
-        os.makedirs(args.out_dir, exist_ok=True)
-        lock = filelock.FileLock(os.path.join(args.out_dir, "lock"), is_singleton=True)
-        with explain(f"--out_dir={args.out_dir}: another train.py is using it", filelock.Timeout):
-            lock.acquire(timeout=0)  # the system drops it when this process ends, however it ends
-        log_csv = csv.DictWriter(open(log_path, "w", encoding="utf-8", newline="", buffering=1),
-                                 COLUMNS, lineterminator="\n")
         with explain(f"{log_path} could not be written", OSError):
+            log_file = open(log_path, "w", encoding="utf-8", newline="", buffering=1)
+            log_csv = csv.DictWriter(log_file, COLUMNS, lineterminator="\n")
             log_csv.writeheader()
             log_csv.writerows(log)
-
-    def record(row):
-        log.append(row)
-        with explain(f"{log_path} could not be written", OSError):
-            log_csv.writerow(row)  # before it is shown
-        line = [f"{name} {value:.6g}" for name, value in row.items() if name != "tokens"]
-        if step > first:
-            left = (time.perf_counter() - begun) * (args.max_iters - step) / (step - first)
-            line.append(f"{datetime.timedelta(seconds=int(left))} left")
-        say(" | ".join(line))
-
-    def save(row):
-        # A model that learns a text by heart gets worse on others. best.pt is from before that.
-        if row.get("val_loss", math.inf) < best["val_loss"]:
-            best.update(step=step, val_loss=row["val_loss"])
-            save_checkpoint(best_path, model, **best)
-        save_checkpoint(ckpt_path, model, optimizer=optimizer.state_dict(), log=log, best=best,
-                        scaler=scaler.state_dict(), args=vars(args), key=key, step=step,
-                        val_loss=row.get("val_loss"))
-
-    def sample():
-        prompt = torch.tensor([encode(args.start) or [END_OF_TEXT]], device=device)
-        tokens = generate(model, prompt, 40, temperature=0.8, top_k=50,
-                          generator=torch.Generator().manual_seed(args.seed))
-        text = get_tokenizer().decode([token.item() for token in tokens])
-        say("sample: " + (args.start + text).replace("\n", " "))
-
-    def stop_unless_finite(*values):
-        if not all(map(math.isfinite, values)):
-            say(f"train.py: error: not finite at step {step}: {values}, learning rate "
-                f"{learning_rate(step, args):.2e}, {args.dtype}; {ckpt_path} has step {saved_at} "
-                "(-1: none) for --init_from with a lower --learning_rate", stream="stderr")
-            sys.exit(1)
-
-    caught = []  # signals: the first ends the training after the step, the second at once
-
-    def finish(signum, _):
-        caught.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # not by print, which the signal may have interrupted
-            os.write(2, b"finishing the step, then saving; once more ends it without saving\n")
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        signum = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
-        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(signum, finish)
-
+    if args.warmup_iters >= args.lr_decay_iters > step:
+        say(f"the warm-up of {args.warmup_iters} steps is not shorter than the run: the learning "
+            f"rate stays below {args.learning_rate}")
     say(f"a blind guess costs a loss of ln({args.vocab_size}) = {math.log(args.vocab_size):.4f}")
-    row, stop = {"iter": 0, "tokens": 0}, False  # the row of a new run's step 0
-    begun = time.perf_counter()
+
+    caught = catch_signals()
+    stop = False
+    row = {"iter": 0, "tokens": 0}  # the log's row of the last step; the loop's end fills it
+    loop_started = time.perf_counter()
     while True:
-        # `step` steps are done. Evaluate, record, save and sample if that is due and the checkpoint
-        # that was loaded has not got it already. Then train for one more step.
+        # `step` steps are done. What was loaded from ckpt.pt has been evaluated and recorded.
+        due = step > saved_at
+        evaluating = due and (step % args.eval_interval == 0 or step == args.max_iters)
         model.eval()  # no dropout
-        evaluating = step > saved_at and (step % args.eval_interval == 0 or step == args.max_iters)
         if evaluating:
-            row["train_loss"] = evaluate(model, tokens[:n_train], args, autocast)
-            row["val_loss"] = evaluate(model, tokens[n_train:], args, autocast)
-            stop_unless_finite(row["train_loss"], row["val_loss"])
-        if RANK == 0 and (evaluating or (step > saved_at and step % args.log_interval == 0)):
-            record(row)
-        if RANK == 0 and (evaluating or stop):
-            save(row)
-            saved_at = step
-        if RANK == 0 and evaluating:
-            plot(log, tokens_per_step, plot_path)
-            sample()
+            for name, tokens in (("train_loss", train_tokens), ("val_loss", val_tokens)):
+                row[name] = evaluate(model, tokens, args)
+                stop_unless_finite(name, row[name], step, saved_at, args)
+        if RANK == 0:
+            if evaluating or (due and step % args.log_interval == 0):
+                log.append(row)
+                elapsed = time.perf_counter() - loop_started
+                done = step - first_step
+                record(row, log_csv, elapsed * (args.max_iters - step) / done if done else math.inf)
+            if evaluating and row["val_loss"] < best["val_loss"]:
+                # A model that learns a text by heart gets worse on others. best.pt is from before.
+                best = {"step": step, "val_loss": row["val_loss"]}
+                save_checkpoint(best_path, model, **best)
+            if evaluating or stop:
+                # AdamW keeps two averages of each weight: this file is three times best.pt.
+                save_checkpoint(ckpt_path, model, optimizer=optimizer.state_dict(), log=log,
+                                best=best, scaler=scaler.state_dict(), args=vars(args), data=data,
+                                val_data=val_data, step=step, val_loss=row.get("val_loss"))
+                saved_at = step
+            if evaluating:
+                plot(log, tokens_per_step, plot_path)
+                show_sample(model, args)
         if stop or step >= args.max_iters:
             break
 
         model.train()
-        started = time.perf_counter()
-        lr = learning_rate(step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = 0.0
-        for i in range(args.gradient_accumulation_steps):
-            micro = i * PROCESSES + RANK  # the micro-batch's number among all of the step
-            windows = windows_of(step, micro, args, n_windows)
-            inputs, targets = get_batch(tokens, windows, args.block_size, device)
-            # Dropout, too, depends on seed, step and micro alone.
-            seed = np.random.default_rng((args.seed, step, micro)).integers(2**63)
-            torch.manual_seed(int(seed))
-            # Gradients of micro-batches add up. With the last of them, DDP (if any) exchanges them.
-            trained.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
-            with autocast:
-                micro_loss = trained(inputs, targets)
-            # Means, divided by their number, add up to the mean of one large batch.
-            micro_loss = micro_loss / args.gradient_accumulation_steps
-            scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
-        scaler.unscale_(optimizer)
-        # One odd batch must not throw the weights far: a gradient longer than grad_clip is cut to
-        # that length. The norm is its length before.
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
-        loss, stop = sum_over_processes(loss.item() / PROCESSES, len(caught))  # 0 signals: go on
-        # When float16 overflows, the scaler skips the step and halves its factor. At 1 it is over.
-        may_overflow = scaler.is_enabled() and scaler.get_scale() > 1
-        stop_unless_finite(loss, 0.0 if may_overflow else norm.item())
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+        step_started = time.perf_counter()
+        loss, norm = train_step(step, wrapped, train_tokens, optimizer, scaler, args)
         step += 1
-        speed = tokens_per_step / (time.perf_counter() - started)
-        row = {"iter": step, "tokens": step * tokens_per_step, "loss": loss, "lr": lr,
-               "grad_norm": norm.item(), "tokens_per_s": speed}
+        loss, signals = sum_over_processes(loss / PROCESSES, len(caught))
+        stop = signals > 0
+        stop_unless_finite("loss", loss, step, saved_at, args)
+        # When float16 overflows, the scaler skips the step and halves its factor, down to 1.
+        if not scaler.is_enabled() or scaler.get_scale() < 1:
+            stop_unless_finite("grad_norm", norm, step, saved_at, args)
+        speed = tokens_per_step / (time.perf_counter() - step_started)
+        row = {"iter": step, "tokens": step * tokens_per_step, "loss": loss,
+               "lr": learning_rate(step - 1, args), "grad_norm": norm, "tokens_per_s": speed}
 
     if PROCESSES > 1:
         dist.barrier()  # process 0 may still be saving, and one that leaves before it may crash
         dist.destroy_process_group()
     if stop and step < args.max_iters:
         say(f"stopped and saved at step {step}; go on with --resume --out_dir={args.out_dir}")
-        sys.exit(128 + (caught or [signal.SIGTERM])[0])  # as shells do; another process may have it
-    say(f"{ckpt_path} has step {step} (--resume --max_iters=N goes on), {best_path} has step "
-        f"{best['step']} with the lowest validation loss, {best['val_loss']:.4f}; see {plot_path}\n"
-        f"next: python sample.py --checkpoint={best_path} --start \"{args.start}\"")
+        sys.exit(128 + (caught[0] if caught else signal.SIGTERM))  # the status that shells expect
+    say(f"{ckpt_path} has step {step}; --resume --max_iters=N goes on\n"
+        f"{best_path} has step {best['step']}, with the lowest validation loss, "
+        f"{best['val_loss']:.4f}\nsee {plot_path}; peak memory {peak_memory(device):.1f} GB")
+    if best["step"] == 0 < step:
+        say("no step made the validation loss lower than it was at the beginning")
+    else:
+        say(f'next: python sample.py --checkpoint={best_path} --start "{args.start}"')
