@@ -1,7 +1,8 @@
 """GPT-2, the whole model: token ids in, token ids out.
 
-GPT-2 ends with `generate`. One function that it uses stands further down: `dropout`, which is
-F.dropout, faster on a CPU. An assert means a mistake in the program; `require` refuses user input.
+The model itself ends with `generate`. One function that it needs stands further down: `dropout`,
+F.dropout made faster on a CPU. An assert means a mistake in the program. `require` refuses what a
+user gave.
 Each tensor's shape stands beside it: B sequences of T tokens, C channels a token (n_embd), H heads
 of D = C / H channels each, V tokens in the vocabulary; S = T + the tokens that a KVCache holds.
 
@@ -26,8 +27,8 @@ class GPTConfig:
     dropout: float = 0.0  # the probability that a number becomes 0, while training
 
 def causal_mask(q, S):
-    """What is added to the scores of q (B, H, T, D), the last T of S tokens: -inf, with exponential
-    0, where a token would see the future. For T = 2 and S = 5:
+    """What is added to the scores of q (B, H, T, D), the last T of S tokens: 0, or -inf, of which
+    softmax makes a weight of 0, where a token would see the future. For T = 2 and S = 5:
                         k0  k1  k2  k3  k4
                     q3   0   0   0   0 -inf
                     q4   0   0   0   0   0"""
@@ -39,14 +40,14 @@ def attend(q, k, v, dropout_p=0.0):
     value weighs more the better its key fits the query. k and v are (B, H, S, D). q (B, H, T, D)
     has only the last T of the S tokens: all of them if there is no cache. Returns (B, H, T, D)."""
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
-    if dropout_p > 0 and q.device.type == "cpu":  # our dropout makes this the faster way
+    if dropout_p > 0 and q.device.type == "cpu":  # faster here than the kernel below
         # A score sums up D products, so it spreads sqrt(D) times as wide as one of them. Without
         # the division, softmax would give nearly all weight to one key and pass no gradient back.
         scores = (q / math.sqrt(D)) @ k.transpose(2, 3) + causal_mask(q, S)  # (B, H, T, S)
         weights = scores.softmax(dim=-1)  # (B, H, T, S), each row sums to 1
         return dropout(weights, dropout_p) @ v
     # PyTorch computes the same in one kernel, which divides by sqrt(D) itself. is_causal builds the
-    # mask for T = S. For T < S it would line query 0 up with key 0. A single query sees all keys.
+    # mask, but for T = S alone: for T < S it lines query 0 up with key 0. One query sees all keys.
     mask = None if T in (1, S) else causal_mask(q, S)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p,
                                           is_causal=T == S)
@@ -93,7 +94,7 @@ class MLP(nn.Module):
         self.c_proj = linear(4 * C, C, std=0.02 / math.sqrt(2 * config.n_layer))  # as above
 
     def forward(self, x):
-        # GELU is a smooth max(x, 0). Without it, two linear layers would do no more than one.
+        # GELU is a smooth max(x, 0). With nothing between them, two linear layers equal one.
         # GPT-2 was trained with its tanh approximation; the exact form gives other numbers.
         x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
         return dropout(self.c_proj(x), self.dropout_p, self.training)  # (B, T, C)
@@ -133,7 +134,7 @@ class GPT(nn.Module):
         nats. A token's cross-entropy is -ln(p), where p is the probability that the model gave to
         it. Targets of -100 do not count.
         With caches, one KVCache a layer, idx holds the tokens that follow the cached ones. The
-        caches grow by them. Only the last of them gets logits, (B, 1, V)."""
+        caches grow by these. Only the last token gets logits, (B, 1, V)."""
         T = idx.shape[1]
         past = 0 if caches is None else caches[0].length
         assert past + T <= self.config.block_size, f"{past + T} tokens exceed block_size"
@@ -174,7 +175,7 @@ def candidates(logits, temperature=1.0, top_k=None, top_p=None):
     temperature divides the logits: below 1 the likely tokens become likelier, above 1 all become
     more alike, and 0 leaves the likeliest token alone (greedy), as top_k=1 does. top_k keeps the k
     likeliest tokens; None and 0 keep all. Of these, top_p > 0 keeps the likeliest, including the
-    one that brings the sum of their probabilities to p; None and 1 keep all."""
+    one that brings the sum of their probabilities to top_p; None and 1 keep all."""
     k = min(top_k or logits.shape[-1], logits.shape[-1])
     if temperature < 1e-6:  # so small a divisor would make infinite numbers
         temperature = 1.0
@@ -221,7 +222,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
         window = torch.cat((window, token[:, None]), dim=1)
 
 # ---- Text and tokens -----------------------------------------------------------------------------
-# What follows needs these imports, and so does dropout.
+# What follows, dropout included, needs these imports.
 import argparse
 import contextlib
 import functools
@@ -251,7 +252,7 @@ PATTERN = (r"'(?:[sdmt]|ll|ve|re)"  # the ending of an English word, as in it's
 
 def byte_spelling():
     """-> {byte: the visible character that stands for it in vocab.bpe}, in the order of the tokens
-    0 to 255. 188 bytes stand for themselves, the invisible ones become chr(256) to chr(323)."""
+    0 to 255. 188 bytes stand for themselves. The other 68 become chr(256) to chr(323)."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in visible]
     return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -340,7 +341,7 @@ def dropout(x, p, training=True):
 # ---- Checkpoints ---------------------------------------------------------------------------------
 @contextlib.contextmanager
 def whole_file(path):
-    """A file to write, path.tmp, which replaces path when it is whole. Else path stays."""
+    """Opens path.tmp for writing. It replaces path when it is whole. Otherwise path stays."""
     try:
         with explain(f"{path} could not be written", OSError):
             with open(path + ".tmp", "wb") as file:
@@ -360,8 +361,8 @@ def save_checkpoint(path, model, **state):
 
 def load_checkpoint(path, verify=False):
     """path -> GPT on the CPU, in eval mode; dict of the training state. Runs no code of the file.
-    verify compares checksums. Without it, weights stay in the file until they are used: whole_file
-    may replace it, since an open file outlives a rename (on Windows it fails), others may not."""
+    verify compares checksums. Without it, weights stay in the file until they are used: nothing may
+    write into it, but whole_file may rename another over it (except on Windows)."""
     os.stat(path)  # a file that is not there is an OSError
     with explain(f"{path} cannot be read as a checkpoint; try another, such as best.pt", Exception):
         require(not verify or zipfile.ZipFile(path).testzip() is None, "wrong checksum")
@@ -373,7 +374,7 @@ def load_checkpoint(path, verify=False):
         return with_weights(GPTConfig(**config), weights).eval(), state
 
 def with_weights(config, weights):
-    """-> a GPT that holds these tensors, {name: tensor}. None are drawn first, none are copied."""
+    """-> a GPT that holds these tensors, {name: tensor}, without drawing or copying any."""
     with torch.device("meta"):  # shapes alone
         model = GPT(config)
     model.load_state_dict(weights, assign=True)  # each exactly once, and in its shape
@@ -382,8 +383,8 @@ def with_weights(config, weights):
 @torch.no_grad()
 def center_logits(model):
     """Moves the logits to around 0. OpenAI's 124M has them between -33 and -116, where bfloat16 has
-    steps of 0.25 and 0.5, and likely tokens tie. wte's mean row goes over to wpe: wte + wpe, which
-    the blocks read, stays, and softmax does not see what all logits of a position lose."""
+    steps of 0.25 and 0.5, and likely tokens tie. wte's mean row moves to wpe. The blocks still read
+    the same wte + wpe. All logits of a place lose the same number, which softmax ignores."""
     mean = model.wte.weight.mean(dim=0)  # (C,)
     model.wte.weight -= mean
     model.wpe.weight += mean
@@ -408,7 +409,7 @@ def require_vocabulary(config, path):
 
 def show_error(kind, error, trace):
     """sys.excepthook: one line and status 2 for what the user can put right, else a traceback."""
-    message = one_line(error)
+    message = one_line(error) or kind.__name__
     several = int(os.environ.get("WORLD_SIZE") or 1) > 1  # processes
     if several and os.environ.get("LOCAL_RANK") != "0":
         time.sleep(5)  # process 0 usually meets the same error and says it; torchrun then ends all
@@ -428,7 +429,7 @@ def show_error(kind, error, trace):
     sys.exit(2)
 
 def start_script(doc):
-    """-> an argparse.ArgumentParser, its errors one line without usage. show_error gets others."""
+    """-> an ArgumentParser with one-line errors. show_error gets all other errors of the script."""
     sys.excepthook = show_error
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
@@ -441,7 +442,7 @@ def number(kind, low, high=math.inf):
     """A type for argparse: an int or float from low to high, so never nan."""
     def check(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text}: from {low} to {high} is needed")
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)
     check.__name__ = kind.__name__  # argparse says "invalid int value"
     return check

@@ -48,8 +48,8 @@ def openai_name(name):
 
 def transposed(name, weight):
     """A weight as OpenAI and Hugging Face hold it, w as [in, out], to ours, [out, in], or back.
-    Where this is forgotten the shapes do not fit, but attn/c_proj is square: forgotten there alone,
-    the model runs, and only its --score shows it."""
+    If this is forgotten the shapes do not fit, except for attn/c_proj, which is square: there the
+    model runs, and only a bad --score shows the mistake."""
     return (weight.T if openai_name(name).endswith("/w") else weight).contiguous()
 
 def read_json(path):
@@ -97,7 +97,7 @@ def read_hugging_face(folder):
                           "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,),
                           "scale_attn_by_inverse_layer_idx": (False,)}.items():
         value = read_json(path).get(name, allowed[0])
-        require(value in allowed, f"{path}: {name} is {value!r}, and GPT-2's is {allowed[-1]!r}")
+        require(value in allowed, f"{path}: {name} is {value!r}, and GPT-2's is {allowed[0]!r}")
     require_tokenizer(folder)
     files = sorted(glob.glob(os.path.join(glob.escape(folder), "model*.safetensors")))
     require(files, f"{folder} has no model.safetensors; transformers makes one of pytorch_model.bin"
@@ -139,8 +139,8 @@ def require_tokenizer(folder):
             require(found == expected[name], "its tokens are others")
 
 def load_gpt2(folder):
-    """A folder of OpenAI's or Hugging Face's files -> GPT, float32, on the CPU. Raises InputError,
-    naming the file, for what is missing, damaged, misshapen, or not GPT-2."""
+    """A folder of OpenAI's or Hugging Face's files -> GPT, float32, on the CPU. Raises InputError
+    for what is missing, misshapen, of another size, or not GPT-2. Wrong numbers go unnoticed."""
     files = os.listdir(folder) if os.path.isdir(folder) else []
     require({HPARAMS, "config.json"} & set(files), f"{folder} is neither a size "
             f"({', '.join(SIZES)}), nor a folder with {HPARAMS} or config.json")
@@ -232,7 +232,7 @@ def export(path, folder):
             shutil.copyfile(VOCAB_PATH, os.path.join(folder, "merges.txt"))
             weights = os.path.join(folder, "model.safetensors")
             save_file(tensors, weights, metadata={"format": "pt"})
-            shutil.copymode(os.path.join(folder, "config.json"), weights)  # save_file: owner only
+            shutil.copymode(os.path.join(folder, "config.json"), weights)  # not the owner's alone
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -77,7 +77,7 @@ elif text == "-" or text.startswith("FILE:"):
 with explain(f"{text[:30]!r}... cannot be encoded", ValueError):  # a million spaces in a row
     ids = encode(text)
 
-# Training needs float32 weights, because it adds up many small steps. Here bfloat16 is enough.
+# Training needs float32 weights, because it adds up many small steps. Here 16 bits are enough.
 device, dtype = choose_device(args.device, args.dtype)
 model, state = load_checkpoint(args.checkpoint)
 require_vocabulary(model.config, args.checkpoint)
@@ -92,12 +92,12 @@ if "score" in args:
     require(len(ids) > 1, f"--score={args.score}: {len(ids)} token(s), and two are needed")
     loss = score(model, torch.tensor(ids, device=device))
     n_bytes = len(text.encode())
-    bits = loss * len(ids) / n_bytes / math.log(2)
+    bits = loss * len(ids) / n_bytes / math.log(2)  # the first token counts as an average one
     print(f"{args.score}: {len(ids):,} tokens, {n_bytes:,} bytes; loss {loss:.4f} nats a token, "
           f"perplexity {math.exp(min(loss, 700)):.2f}, {bits:.4f} bits a byte")
     sys.exit()
 
-if text[-1:].isspace():  # GPT-2's words bring their own space: few fit after one more
+if text[-1:].isspace():  # GPT-2's words begin with a space, and few tokens fit after another
     print("warning: the prompt ends in white space, and the text may derail", file=sys.stderr)
 limit = model.config.block_size
 if args.num_beams:
@@ -114,11 +114,12 @@ texts = [[] for _ in range(args.num_samples)]  # the token ids of each text
 def show(probs, ids, token):
     """Prints the candidates for the first text's next place. Each argument has a row a text."""
     line = []
+    drawn = token[0].item()
     for i, p in zip(ids[0].tolist(), probs[0].tolist()):
-        if len(line) < args.show or i == token[0]:
+        if (len(line) < args.show and p > 0) or i == drawn:
             word = f"{tokenizer.decode([i])!r} {p:.1%}"
-            line.append(f"[{word}]" if i == token[0] else word)
-    if texts[0][-1:] != [stop_token]:  # or it has ended
+            line.append(f"[{word}]" if i == drawn else word)
+    if texts[0][-1:] != [stop_token]:  # the text has not ended
         print("", *line, sep="  ", file=sys.stderr)
 
 start = time.perf_counter()
@@ -135,7 +136,7 @@ decoder = codecs.getincrementaldecoder("utf-8")("replace")
 print(text, end="", flush=True)
 for column in tokens:  # (B,), one token of each text
     for i, token in enumerate(column.tolist()):
-        if texts[i][-1:] != [stop_token]:  # or it has ended
+        if texts[i][-1:] != [stop_token]:  # the text has not ended
             texts[i].append(token)
             if i == 0 and token != stop_token:
                 piece = tokenizer.decode_single_token_bytes(token)

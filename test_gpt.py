@@ -631,7 +631,7 @@ def test_a_warm_up_that_is_not_shorter_than_the_run(tmp_path, capsys):
     """Going on, it would climb to the peak and fall tenfold in a step."""
     train_in(tmp_path / "a", "--max_iters=2")
     out = capsys.readouterr().out
-    assert "the warm-up of 3 steps is not shorter than the run" in out
+    assert "the warm-up of 3 steps is not shorter than lr_decay_iters" in out
     assert " left" not in re.search("^iter 0 .*", out, re.M)[0]  # nothing is known of it yet
     train_in(tmp_path / "a", "--resume --max_iters=6")
     assert column(tmp_path / "a", "lr")[2:] == pytest.approx([4e-5] * 4)

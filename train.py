@@ -2,7 +2,7 @@
 
     python train.py --batch_size=2 --max_iters=150     the built-in story, on any machine
     python train.py --data=my.txt --out_dir=my         your own text
-    python train.py --resume                           goes on where it stopped
+    python train.py --resume                           goes on from the last checkpoint
     torchrun --nproc_per_node=4 train.py ...           one run on four GPUs
 
 Read gpt.py first. The script at the end runs from top to bottom, and calls what stands above.
@@ -99,14 +99,14 @@ def flags():
          help="torch.compile (default: on cuda)")
     return parser
 
-# What --resume may change. With another batch_size, dropout drops other numbers.
+# What --resume may change. Another batch_size changes which numbers dropout drops.
 MAY_CHANGE = ("data", "val_data", "out_dir", "resume", "max_iters", "lr_decay_iters", "batch_size",
               "gradient_accumulation_steps", "eval_interval", "eval_windows", "log_interval",
               "start", "device", "dtype", "compile")
 
 def starting_point(parser, args, ckpt_path):
-    """-> args, with the flags of the checkpoint they name, if any, as defaults; the GPT to train;
-    the state of the run that goes on, or {}."""
+    """-> args, whose defaults come from the checkpoint, if they name one; the GPT to train; the
+    state of the run that goes on, or {}."""
     state = {}
     saved = {}
     source = ckpt_path if args.resume else vars(args).get("init_from")
@@ -122,7 +122,7 @@ def starting_point(parser, args, ckpt_path):
         positions = saved["block_size"]
         saved["block_size"] = min(positions, args.block_size)
         del saved["dropout"]
-    args = parser.parse_args(namespace=argparse.Namespace(**saved))
+    args = parser.parse_args(namespace=argparse.Namespace(**saved))  # typed flags win over saved
     for field in fields(GPTConfig):
         vars(args).setdefault(field.name, field.default)  # vocab_size has no flag
     vars(args).setdefault("val_data", "")
@@ -155,15 +155,15 @@ def starting_point(parser, args, ckpt_path):
 
 # ---- Text to tokens ------------------------------------------------------------------------------
 def read_text(files):
-    """Yields the text of the files in parts. Encoded one by one, they give the ids of the whole: a
-    part ends before white space, and no token has white space after a visible character."""
+    """Yields the text of the files in parts, which have together the ids of the whole: a part ends
+    before white space, and no token has white space after a visible character."""
     rest = ""
     for name in files:
         if name != files[0]:
-            # Attention looks across it: as GPT-2 did, the model has to learn what it means.
+            # Attention looks across it. The model learns, as GPT-2 did, that a new text begins.
             rest += "<|endoftext|>"
         offset = 0
-        with open(name, "rb") as file:
+        with explain(f"{name} cannot be read", OSError), open(name, "rb") as file:
             while data := b"".join(file.readlines(2**18)):  # whole lines, 256 kB or more
                 text = rest + decode_utf8(data, name, offset)
                 offset += len(data)
@@ -192,8 +192,8 @@ def load_tokens(flag, args, state):
     return tokens, hashlib.sha256(tokens).hexdigest()
 
 def write_tokens(path, kept, expected_hash):
-    """Encodes a text or a folder of texts to uint16, which hold 50,257 ids, in the file `kept`."""
-    require(os.path.exists(path), f"{path} is not there; --data=PATH gives its place")
+    """Encodes a text, or a folder of texts, into the file `kept`, as uint16 (up to 65,535)."""
+    require(os.path.exists(path), f"{path} is not there; --data or --val_data gives its place")
     folder = os.path.join(glob.escape(path), "*.[tT][xX][tT]")
     files = sorted(glob.glob(folder)) if os.path.isdir(path) else [path]
     sha = hashlib.sha256()
@@ -217,7 +217,7 @@ def read_bin(path):
     with explain(f"{path} is not bare uint16 tokens of GPT-2", OSError, ValueError):
         tokens = np.memmap(path, dtype=np.uint16, mode="r")
         require(tokens[:3].tobytes() != b"\x93NUMPY", "but a .npy file")
-        require(tokens[1:99:2].any(), "but wider integers")  # whose upper halves are 0
+        require(tokens[1:99:2].any(), "its integers are wider")  # their upper halves are 0
         largest = tokens.max()
         require(largest <= END_OF_TEXT, f"its largest id is {largest}, above {END_OF_TEXT}")
         require(largest > 255, f"its largest id is {largest}, and up to 255 they are single bytes: "
@@ -231,9 +231,9 @@ def shuffled(n_windows, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n_windows)
 
 def windows_of(step, micro, args, n_windows):
-    """The numbers of the batch_size windows in a micro-batch, a pure function of seed, step and
-    micro, so a resumed run reads what it would have read. Windows do not overlap and are not drawn
-    at random: each token is a target once an epoch."""
+    """The numbers of the batch_size windows in a micro-batch. They follow from args, step and micro
+    alone: a resumed run reads what it would have read. Windows do not overlap and are not drawn
+    independently, so that an epoch reads each of them once, in an order of its own."""
     first = step * args.windows_per_step + micro * args.batch_size  # windows read before these
     return [int(shuffled(n_windows, args.seed, i // n_windows)[i % n_windows])
             for i in range(first, first + args.batch_size)]
@@ -270,7 +270,7 @@ def train_step(step, model, tokens, optimizer, scaler, args):
     loss = 0.0
     for i in range(args.gradient_accumulation_steps):
         micro = i * PROCESSES + RANK  # the micro-batch's number among all of the step
-        # Dropout, too, depends on seed, step and micro alone.
+        # The seed of dropout, too, depends on seed, step and micro alone.
         torch.manual_seed(int(np.random.default_rng((args.seed, step, micro)).integers(2**63)))
         if PROCESSES > 1:  # gradients of micro-batches add up; DDP exchanges them with the last
             model.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
@@ -326,10 +326,12 @@ def stop_unless_finite(name, value, step, saved_at, args):
         lower = f"--learning_rate={args.learning_rate / 4:.1e}"
         cure = f"There is no checkpoint yet: start again with {lower}"
         if saved_at >= 0:
-            data = shlex.join([f"--init_from={path}", f"--data={args.data}"])
-            cure = f"{path} still has step {saved_at}: python train.py {data} --out_dir=NEW {lower}"
+            names = ("data", "val_data", "block_size")
+            flags = [f"--{name}={getattr(args, name)}" for name in names]
+            cure = (f"{path} still has step {saved_at}: python train.py --out_dir=NEW {lower} "
+                    f"{shlex.join([f'--init_from={path}', *flags])}")
         say(f"train.py: error: {name} is {value} at step {step} (learning rate "
-            f"{learning_rate(step - 1, args):.1e}, {args.dtype}). {cure}", stream="stderr")
+            f"{learning_rate(max(0, step - 1), args):.1e}, {args.dtype}). {cure}", stream="stderr")
         sys.exit(1)
 
 def show_sample(model, args):
@@ -342,7 +344,7 @@ def show_sample(model, args):
     say("sample: " + (args.start + text).replace("\n", " "))
 
 def plot(log, tokens_per_step, path):
-    """Draws the losses in log over steps, with perplexity, exp(loss), on the right."""
+    """Draws the losses in log over steps and tokens seen, with perplexity, exp(loss), at right."""
     try:
         from matplotlib.figure import Figure
         figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -371,8 +373,8 @@ def lock_folder(folder):
     return lock
 
 def catch_signals():
-    """-> a list that gets the signals which ask this process to end. The first one ends the
-    training after the step, a second one of its kind ends the process at once."""
+    """-> a list that gets the signals which ask this process to end. The first ends the training
+    after the step. The same signal again ends the process at once."""
     caught = []
     def finish(signum, _):
         caught.append(signum)
@@ -394,7 +396,7 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 def peak_memory(device):
-    """The most memory that the run has held, in GB: the GPU's if there is one."""
+    """The most memory that this process has held, in GB: the GPU's if there is one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if os.name == "nt":
@@ -432,7 +434,7 @@ if __name__ == "__main__":
                                     timeout=datetime.timedelta(hours=12))  # to tokenize a long text
     if LOCAL_RANK > 0:
         dist.barrier()
-    tokens, data = load_tokens("data", args, state)
+    tokens, data = load_tokens("data", args, state)  # data: a hash, to check a resumed run
     n_train = len(tokens) * 9 // 10
     train_tokens = tokens[:n_train]
     val_tokens = tokens[n_train:]
@@ -447,7 +449,7 @@ if __name__ == "__main__":
             f"(if they are, delete data.bin and val_data.bin in {args.out_dir})")
     largest = min(len(train_tokens), len(val_tokens)) - 1  # the last token is a target only
     cure = f"the largest --block_size is {largest}" if largest > 0 else "more text is needed"
-    require(largest >= args.block_size, f"--data={args.data} is too short: {len(train_tokens)} "
+    require(largest >= args.block_size, f"the text is too short: {len(train_tokens)} "
             f"tokens to train on, {len(val_tokens)} to validate; {cure}")
     for purpose, tokens in (("train on", train_tokens), ("validate", val_tokens)):
         n = (len(tokens) - 1) // args.block_size
@@ -458,8 +460,8 @@ if __name__ == "__main__":
         f"{tokens_per_step:,} tokens a step")
 
     # Optimizer. AdamW moves a weight by lr times its averaged gradient, divided by the root of its
-    # averaged squared gradient. It shrinks matrices and embeddings by lr * weight_decay, so that
-    # none grows without need. Biases and gains are too few to overfit.
+    # averaged squared gradient. It takes lr * weight_decay of each matrix and embedding away, so
+    # that none grows without need. Biases and gains are too few to overfit.
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in model.parameters() if p.dim() >= 2]},
          {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
@@ -488,8 +490,8 @@ if __name__ == "__main__":
             log_csv.writeheader()
             log_csv.writerows(log)
     if args.warmup_iters >= args.lr_decay_iters > step:
-        say(f"the warm-up of {args.warmup_iters} steps is not shorter than the run: the learning "
-            f"rate stays below {args.learning_rate}")
+        say(f"the warm-up of {args.warmup_iters} steps is not shorter than lr_decay_iters, after "
+            f"which the learning rate falls to {args.min_lr:.1e} at once")
     say(f"a blind guess costs a loss of ln({args.vocab_size}) = {math.log(args.vocab_size):.4f}")
 
     caught = catch_signals()
@@ -497,7 +499,7 @@ if __name__ == "__main__":
     row = {"iter": 0, "tokens": 0}  # the log's row of the last step; the loop's end fills it
     loop_started = time.perf_counter()
     while True:
-        # `step` steps are done. What was loaded from ckpt.pt has been evaluated and recorded.
+        # `step` steps are done. The step that was loaded from ckpt.pt is not evaluated again.
         due = step > saved_at
         evaluating = due and (step % args.eval_interval == 0 or step == args.max_iters)
         model.eval()  # no dropout
@@ -516,7 +518,7 @@ if __name__ == "__main__":
                 best = {"step": step, "val_loss": row["val_loss"]}
                 save_checkpoint(best_path, model, **best)
             if evaluating or stop:
-                # AdamW keeps two averages of each weight: this file is three times best.pt.
+                # AdamW keeps two averages for each weight: this file is three times as large.
                 save_checkpoint(ckpt_path, model, optimizer=optimizer.state_dict(), log=log,
                                 best=best, scaler=scaler.state_dict(), args=vars(args), data=data,
                                 val_data=val_data, step=step, val_loss=row.get("val_loss"))
@@ -547,7 +549,7 @@ if __name__ == "__main__":
     if stop and step < args.max_iters:
         say(f"stopped and saved at step {step}; go on with --resume --out_dir={args.out_dir}")
         sys.exit(128 + (caught[0] if caught else signal.SIGTERM))  # the status that shells expect
-    say(f"{ckpt_path} has step {step}; --resume --max_iters=N goes on\n"
+    say(f"{ckpt_path} has step {step}; --resume --max_iters=N --out_dir={args.out_dir} goes on\n"
         f"{best_path} has step {best['step']}, with the lowest validation loss, "
         f"{best['val_loss']:.4f}\nsee {plot_path}; peak memory {peak_memory(device):.1f} GB")
     if best["step"] == 0 < step:
