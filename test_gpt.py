@@ -884,7 +884,8 @@ FAULTS = (  # what users of such projects met: flags of train.py, and what the m
     ("--data=short.txt", "13 .*--block_size is 12$"), ("--data=odd.bin", "bin .*multiple"),
     ("--data=empty.bin", "bin .*empty"), ("--data=high.bin", "largest id is 50257"),
     ("--data=x32.bin", "wider"), ("--data=x64.bin", "wider"), ("--data=npy.bin", "npy file"),
-    ("--batchsize=2", "--batchsize"), ("--learning_rate=nan", "nan"), ("--dropout=1", "t: 1:"),
+    ("--batchsize=2", "--batchsize"), ("--learning_rate=nan", "nan"),
+    ("--dropout=1", "t: 1 is not"),
     ("--device=cuda:99", "cuda:99"), ("--device=gpu", "gpu is not"), ("--resume", "out.ckpt.pt"),
     ("--out_dir=latin.txt", "latin.txt"), ("--init_from=page.pt", "page.pt"),
     ("--init_from=vocab.pt --block_size=16", "61 tokens"),
@@ -936,7 +937,7 @@ def test_a_run_is_not_overwritten_nor_changed_by_accident(run, tmp_path, capsys)
                          (f"--resume --data={__file__}", "not the text")):
         refused(words, train_in, tmp_path / "copy", flags + " --max_iters=12")
     train_in(tmp_path / "copy", "--resume")
-    assert re.search("ckpt.pt has step 10; --resume --max_iters=N goes on", capsys.readouterr().out)
+    assert re.search("step 10; --resume --max_iters=N --out_dir=", capsys.readouterr().out)
     same_run(run[0], tmp_path / "copy")
     train_in(tmp_path / "copy", "--resume --max_iters=11 --dtype=auto")
     assert column(tmp_path / "copy", "iter") == list(range(12))

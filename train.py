@@ -193,7 +193,7 @@ def load_tokens(flag, args, state):
 
 def write_tokens(path, kept, expected_hash):
     """Encodes a text, or a folder of texts, into the file `kept`, as uint16 (up to 65,535)."""
-    require(os.path.exists(path), f"{path} is not there; --data or --val_data gives its place")
+    require(os.path.exists(path), f"{path} is not there; give its place: --data=PATH")
     folder = os.path.join(glob.escape(path), "*.[tT][xX][tT]")
     files = sorted(glob.glob(folder)) if os.path.isdir(path) else [path]
     sha = hashlib.sha256()
@@ -449,7 +449,8 @@ if __name__ == "__main__":
             f"(if they are, delete data.bin and val_data.bin in {args.out_dir})")
     largest = min(len(train_tokens), len(val_tokens)) - 1  # the last token is a target only
     cure = f"the largest --block_size is {largest}" if largest > 0 else "more text is needed"
-    require(largest >= args.block_size, f"the text is too short: {len(train_tokens)} "
+    path = args.val_data if len(val_tokens) <= largest + 1 and args.val_data else args.data
+    require(largest >= args.block_size, f"{path} is too short: {len(train_tokens)} "
             f"tokens to train on, {len(val_tokens)} to validate; {cure}")
     for purpose, tokens in (("train on", train_tokens), ("validate", val_tokens)):
         n = (len(tokens) - 1) // args.block_size
