@@ -74,7 +74,8 @@ if "score" in args:
     text = read_file(args.score)
 elif text == "-" or text.startswith("FILE:"):
     text = read_file(text.removeprefix("FILE:")).removesuffix("\n")
-with explain(f"{text[:30]!r}... cannot be encoded", ValueError):  # a million spaces in a row
+name = vars(args).get("score", args.start[:50])
+with explain(f"{name!r} cannot be encoded", ValueError):  # a million spaces in a row
     ids = encode(text)
 
 # Training needs float32 weights, because it adds up many small steps. Here 16 bits are enough.

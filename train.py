@@ -137,7 +137,8 @@ def starting_point(parser, args, ckpt_path):
     if "windows_per_step" in str(changed):
         cure = "windows_per_step is batch_size x gradient_accumulation_steps x processes"
     require(not changed, f"{source} cannot go on with {', '.join(changed)}; {cure}")
-    require(args.n_embd % args.n_head == 0, f"--n_embd={args.n_embd} % --n_head={args.n_head} > 0")
+    require(args.n_embd % args.n_head == 0,
+            f"--n_embd={args.n_embd} is no multiple of --n_head={args.n_head}")
     require(args.min_lr <= args.learning_rate, f"--min_lr={args.min_lr} is above --learning_rate")
     config = GPTConfig(**{field.name: getattr(args, field.name) for field in fields(GPTConfig)})
     if not source:
