@@ -1,11 +1,9 @@
 """GPT-2, the whole model: token ids in, token ids out.
 
-The model itself ends with `generate`. One function that it needs stands further down: `dropout`,
-F.dropout made faster on a CPU. An assert means a mistake in the program. `require` refuses what a
-user gave.
+The model ends with `generate`. Only `dropout` stands further down: F.dropout, faster on a CPU. An
+assert means a mistake in the program, and `require` refuses what a user gave.
 Each tensor's shape stands beside it: B sequences of T tokens, C channels a token (n_embd), H heads
 of D = C / H channels each, V tokens in the vocabulary; S = T + the tokens that a KVCache holds.
-
 Sources: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), "Attention Is
 All You Need" (Vaswani et al., 2017), and OpenAI's gpt-2/src/model.py for the parameters' names.
 """
@@ -27,13 +25,12 @@ class GPTConfig:
     dropout: float = 0.0  # the probability that a number becomes 0, while training
 
 def causal_mask(q, S):
-    """What is added to the scores of q (B, H, T, D), the last T of S tokens: 0, or -inf, of which
-    softmax makes a weight of 0, where a token would see the future. For T = 2 and S = 5:
+    """-> (T, S), to be added to the scores of q (B, H, T, D), the last T of S tokens: 0, or -inf
+    where a token would see the future. Softmax makes a weight of 0 of it. For T = 2 and S = 5:
                         k0  k1  k2  k3  k4
                     q3   0   0   0   0 -inf
                     q4   0   0   0   0   0"""
-    T = q.shape[2]
-    return q.new_full((T, S), -math.inf).triu(S - T + 1)  # (T, S)
+    return q.new_full((q.shape[2], S), -math.inf).triu(S - q.shape[2] + 1)
 
 def attend(q, k, v, dropout_p=0.0):
     """softmax(q @ k.T / sqrt(D) + mask) @ v: each query gets a weighted mean of the values, and a
@@ -130,10 +127,9 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, caches=None):
         """idx (B, T) int64 -> logits (B, T, V): a score for each token that could come next.
-        With targets (B, T) int64 it returns the loss instead: the mean cross-entropy, a scalar, in
-        nats. A token's cross-entropy is -ln(p), where p is the probability that the model gave to
-        it. Targets of -100 do not count.
-        With caches, one KVCache a layer, idx holds the tokens that follow the cached ones. The
+        With targets (B, T) int64 it returns the loss instead, a scalar in nats: the mean of -ln(p),
+        where p is the probability that the model gave to a target. Targets of -100 do not count.
+        With caches, one KVCache a layer, idx holds the tokens that follow the cached ones, and the
         caches grow by these. Only the last token gets logits, (B, 1, V)."""
         T = idx.shape[1]
         past = 0 if caches is None else caches[0].length
@@ -221,8 +217,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
             return
         window = torch.cat((window, token[:, None]), dim=1)
 
-# ---- Text and tokens -----------------------------------------------------------------------------
-# What follows, dropout included, needs these imports.
+# ---- Text and tokens (what follows, dropout included, needs these imports) -----------------------
 import argparse
 import contextlib
 import functools
@@ -233,7 +228,7 @@ import traceback
 import zipfile
 
 import numpy as np
-import tiktoken
+import tiktoken.load
 
 class InputError(ValueError):
     """What the user gave cannot work. The message says what it is and what to do."""
@@ -242,7 +237,7 @@ def require(condition, message):
     if not condition:
         raise InputError(message)
 
-VOCAB_PATH = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data", "vocab.bpe")
+DATA_DIR = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data")
 END_OF_TEXT = 50256  # <|endoftext|>, which stood between the documents GPT-2 was trained on
 # A text is cut into these pieces first, and no token spans two of them. ++ is +, only faster.
 PATTERN = (r"'(?:[sdmt]|ll|ve|re)"  # the ending of an English word, as in it's
@@ -250,25 +245,15 @@ PATTERN = (r"'(?:[sdmt]|ll|ve|re)"  # the ending of an English word, as in it's
            r"| ?[^\s\p{L}\p{N}]++"  # punctuation
            r"|\s++$|\s+(?!\S)|\s")  # white space, but for the space that belongs to a word
 
-def byte_spelling():
-    """-> {byte: the visible character that stands for it in vocab.bpe}, in the order of the tokens
-    0 to 255. 188 bytes stand for themselves. The other 68 become chr(256) to chr(323)."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(others)}
-
 @functools.lru_cache
 def get_tokenizer():
     """GPT-2's byte-pair encoding, a tiktoken.Encoding. Each line of data/vocab.bpe joins two tokens
-    into a new one, with the next id. To encode a text, the pair that makes the lowest id is joined,
-    again and again: so the two bytes of "é" become one token. Every byte is a token, so there is no
-    unknown one."""
-    spelling = byte_spelling()
-    byte_of = {character: byte for byte, character in spelling.items()}
-    ranks = {bytes([byte]): i for i, byte in enumerate(spelling)}
-    with open(VOCAB_PATH, encoding="utf-8") as file:
-        for line in file.read().splitlines()[1:]:  # the first line is a version
-            ranks[bytes(byte_of[c] for c in line if c != " ")] = len(ranks)
+    into a new one, with the next id: so the two bytes of "é" become one. Encoding a text joins the
+    pair that makes the lowest id, again and again. Every byte is a token, so none is unknown. Both
+    files write byte 32, the space, as Ġ, and each other invisible byte as a visible character."""
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # or tiktoken keeps copies of the two files
+    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
+        os.path.join(DATA_DIR, "vocab.bpe"), os.path.join(DATA_DIR, "export", "vocab.json"))
     return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": END_OF_TEXT}, explicit_n_vocab=50257)
 
@@ -284,8 +269,8 @@ def decode_utf8(data, name, offset=0):
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"{name}: byte {offset + error.start} ({data[error.start]:#x}) is not "
-                         "UTF-8 text; save the file as UTF-8") from error
+        place = f"byte {offset + error.start} ({data[error.start]:#x})"
+        raise InputError(f"{name}: {place} is not UTF-8; save the file as UTF-8") from error
     return text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n")
 
 # ---- Beam search ---------------------------------------------------------------------------------
@@ -355,9 +340,8 @@ def whole_file(path):
 
 def save_checkpoint(path, model, **state):
     """Writes config, weights and state (tensors and plain types), or raises InputError."""
-    content = {"config": asdict(model.config), "model": model.state_dict(), **state}
     with explain(f"{path} could not be written", RuntimeError), whole_file(path) as file:
-        torch.save(content, file)
+        torch.save({"config": asdict(model.config), "model": model.state_dict(), **state}, file)
 
 def load_checkpoint(path, verify=False):
     """path -> GPT on the CPU, in eval mode; dict of the training state. Runs no code of the file.
@@ -454,16 +438,16 @@ def choose_device(device, dtype):
     it: float32's range, with 8 bits of precision, not 24. Older GPUs have float16, with 11 bits and
     a small range."""
     if device == "auto":
-        gpu = torch.accelerator.is_available()  # cuda, mps or xpu
-        device = torch.accelerator.current_accelerator() if gpu else "cpu"
+        found = torch.accelerator.is_available()  # cuda, mps or xpu
+        device = torch.accelerator.current_accelerator() if found else "cpu"
     with explain(f"--device={device} is not there", Exception):
         device = torch.ones(1, device=device).device
-    able = {}  # what a CPU can do
+    native = False  # whether the hardware computes in bfloat16
     if device.type == "cuda":
-        able["bfloat16"] = torch.cuda.is_bf16_supported(including_emulation=False)
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # PyTorch 2.6 has not
         able = torch.cpu.get_capabilities()
+        native = able.get("amx_bf16") or able.get("avx512_bf16")
     if dtype == "auto":
-        native = able.get("bfloat16") or able.get("amx_bf16") or able.get("avx512_bf16")
         dtype = "bfloat16" if native else "float16" if device.type == "cuda" else "float32"
     return device, getattr(torch, dtype)

@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import sys
-import urllib.error
 import urllib.request
 from dataclasses import asdict
 
@@ -28,15 +27,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gpt import (END_OF_TEXT, GPT, VOCAB_PATH, GPTConfig, byte_spelling, explain, get_tokenizer,
-                 load_checkpoint, require, require_vocabulary, save_checkpoint, start_script,
-                 with_weights)
+from gpt import (DATA_DIR, GPT, GPTConfig, explain, load_checkpoint, require, require_vocabulary,
+                 save_checkpoint, start_script, with_weights)
 
 SIZES = ("124M", "355M", "774M", "1558M")
-SOURCES = ("https://openaipublic.blob.core.windows.net/gpt-2/models",
-           "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2")
+URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 HPARAMS = "hparams.json"
 DATA = "model.ckpt.data-00000-of-00001"
+# Hugging Face's names of the sizes.
+HUGGING_FACE = {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer",
+                "n_head": "n_head", "n_embd": "n_embd"}
+VOCAB_PATH = os.path.join(DATA_DIR, "vocab.bpe")
+EXPORT_DIR = os.path.join(DATA_DIR, "export")  # the files that are the same for every model
 
 # ---- In ------------------------------------------------------------------------------------------
 def openai_name(name):
@@ -90,8 +92,7 @@ def read_openai(folder):
 def read_hugging_face(folder):
     """-> what read_openai returns."""
     path = os.path.join(folder, "config.json")
-    config = config_from(path, vocab_size="vocab_size", block_size="n_positions",
-                         n_layer="n_layer", n_head="n_head", n_embd="n_embd")
+    config = config_from(path, **HUGGING_FACE)
     for name, allowed in {"model_type": ("gpt2",), "add_cross_attention": (False,),
                           "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
                           "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,),
@@ -115,28 +116,24 @@ def read_hugging_face(folder):
         require(torch.equal(head, wte), f"{folder}: lm_head.weight is not wte.weight, as in GPT-2")
     return config, weights
 
-def vocabulary():
-    """-> {token as vocab.bpe spells it: id}, the lines of vocab.bpe that join two tokens."""
-    spelling = byte_spelling()
-    ids = {"<|endoftext|>": END_OF_TEXT}
-    for i in range(END_OF_TEXT):
-        token = get_tokenizer().decode_single_token_bytes(i)
-        ids["".join(spelling[byte] for byte in token)] = i
-    with open(VOCAB_PATH, encoding="utf-8") as file:
-        return ids, file.read().splitlines()[1:]
-
 def require_tokenizer(folder):
-    """Raises InputError if the folder has a tokenizer that is not GPT-2's: there are others with as
-    many tokens, and a model that was trained with one writes nonsense with GPT-2's."""
-    expected = dict(zip(("vocab.json", "merges.txt"), vocabulary()))
-    expected["tokenizer.json"] = expected["vocab.json"]
-    for name in expected.keys() & set(os.listdir(folder)):
-        with explain(f"{folder}/{name}: not GPT-2's tokenizer", LookupError, ValueError, TypeError):
-            with open(os.path.join(folder, name), encoding="utf-8") as file:
-                found = file.read().splitlines()[1:] if name == "merges.txt" else json.load(file)
-            if name == "tokenizer.json":
-                found = found["model"]["vocab"]
-            require(found == expected[name], "its tokens are others")
+    """Refuses a folder whose tokenizer is not GPT-2's. There are others with as many tokens, and a
+    model that was trained with one writes nonsense with GPT-2's."""
+    ids = read_json(os.path.join(EXPORT_DIR, "vocab.json"))
+    pairs = merges(VOCAB_PATH)
+    for name, expected in (("vocab.json", ids), ("tokenizer.json", ids), ("merges.txt", pairs)):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            with explain(f"{path} is not GPT-2's tokenizer", LookupError, TypeError, ValueError):
+                found = merges(path) if name == "merges.txt" else read_json(path)
+                if name == "tokenizer.json":
+                    found = found["model"]["vocab"]
+                require(found == expected, "it has other tokens")
+
+def merges(path):
+    """The lines of a file such as vocab.bpe that join two tokens: all but the first."""
+    with open(path, encoding="utf-8") as file:
+        return file.read().splitlines()[1:]
 
 def load_gpt2(folder):
     """A folder of OpenAI's or Hugging Face's files -> GPT, float32, on the CPU. Raises InputError
@@ -153,30 +150,19 @@ def load_gpt2(folder):
 def download(size, folder):
     """Fetches OpenAI's files of that size into folder, but for those that are there."""
     os.makedirs(folder, exist_ok=True)
-    for path in (os.path.join(folder, HPARAMS), os.path.join(folder, DATA)):
-        failures = []
-        for url in [f"{source}/{size}/{os.path.basename(path)}" for source in SOURCES]:
-            if os.path.exists(path):
-                break
-            try:
-                fetch(url, path)
-            except (OSError, http.client.HTTPException) as error:
-                failures.append(f"{url} ({error})")
-        require(os.path.exists(path), f"{' and '.join(failures)} failed; try again, or put "
-                f"{HPARAMS} and {DATA} into {folder} by hand")
+    for name in (HPARAMS, DATA):
+        path = os.path.join(folder, name)
+        cure = f"{URL}/{size}/{name} failed: try again, or put it into {folder} by hand"
+        with explain(cure, OSError, http.client.HTTPException):
+            if not os.path.exists(path):
+                fetch(f"{URL}/{size}/{name}", path)
 
 def fetch(url, path):
     """Downloads url to path.part, from where an earlier try stopped, and renames it at the end."""
     with open(path + ".part", "ab") as file:
         have = max(0, file.tell() - 1)  # one byte is asked for again: asking for none is an error
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
-        try:
-            response = urllib.request.urlopen(request, timeout=60)
-        except urllib.error.HTTPError as error:
-            if error.code == 416:  # path.part is longer than the file, so it is not a part of it
-                file.truncate(0)
-            raise
-        with response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             if "html" in response.headers.get("Content-Type", ""):
                 raise OSError("the answer is a web page")
             if response.status != 206:  # some servers always send all
@@ -186,16 +172,13 @@ def fetch(url, path):
             file.seek(have)
             while chunk := response.read(1 << 20):
                 file.write(chunk)
-                print(f"{path}: {file.tell() / 1e6:,.1f} of {total / 1e6:,.1f} MB", end="\r",
-                      file=sys.stderr)
+                print(f"{path}: {file.tell():,} of {total:,} bytes", end="\r", file=sys.stderr)
         if file.tell() != total:
             raise OSError(f"{file.tell()} of {total} bytes came; {path}.part has them")
     os.replace(path + ".part", path)
 
 # ---- Out -----------------------------------------------------------------------------------------
-GPT2_FIELDS = {"vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout"}
-GPT2_NAMES = (r"(wte|wpe)\.weight|(ln_f|h\.\d+\.(ln_1|ln_2|attn\.c_attn|attn\.c_proj|mlp\.c_fc|"
-              r"mlp\.c_proj))\.(weight|bias)")
+LAYERS = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")  # of a block
 
 def export(path, folder):
     """Writes the checkpoint at path as a new folder, which is removed again if that fails. Beside
@@ -206,23 +189,21 @@ def export(path, folder):
     config = model.config
     require_vocabulary(config, path)
     tensors = {name: transposed(name, weight) for name, weight in model.state_dict().items()}
-    others = [name for name in tensors if not re.fullmatch(GPT2_NAMES, name)]
-    others += asdict(config).keys() - GPT2_FIELDS
+    layers = ["ln_f", *(f"h.{i}.{name}" for i in range(config.n_layer) for name in LAYERS)]
+    known = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    known |= {"wte.weight", "wpe.weight", "dropout", *HUGGING_FACE}
+    others = sorted(known ^ (tensors.keys() | asdict(config).keys()))
     require(not others, f"{path}: the export knows GPT-2 alone: {', '.join(others)}")
-    require(len(tensors) == 4 + 12 * config.n_layer, f"{path}: it lacks weights that GPT-2 has")
 
-    contents = {}  # data/export has what is the same for every model
-    for template in glob.glob(os.path.join(os.path.dirname(VOCAB_PATH), "export", "*.json")):
-        contents[os.path.basename(template)] = read_json(template)
-    contents["config.json"] |= {
-        "vocab_size": config.vocab_size, "n_positions": config.block_size,
-        "n_ctx": config.block_size, "n_embd": config.n_embd, "n_layer": config.n_layer,
-        "n_head": config.n_head, "resid_pdrop": config.dropout, "embd_pdrop": config.dropout,
+    contents = {name: read_json(os.path.join(EXPORT_DIR, name)) for name in os.listdir(EXPORT_DIR)}
+    sizes = {theirs: getattr(config, ours) for ours, theirs in HUGGING_FACE.items()}
+    contents["config.json"] |= sizes | {
+        "n_ctx": config.block_size, "resid_pdrop": config.dropout, "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout}
     contents["generation_config.json"]["max_length"] = config.block_size
     contents["tokenizer_config.json"]["model_max_length"] = config.block_size
-    contents["vocab.json"], merges = vocabulary()
-    contents["tokenizer.json"]["model"] |= {"vocab": contents["vocab.json"], "merges": merges}
+    contents["tokenizer.json"]["model"] |= {"vocab": contents["vocab.json"],
+                                            "merges": merges(VOCAB_PATH)}
     try:
         with explain(f"{folder} could not be written", SafetensorError, OSError):
             os.makedirs(folder)
@@ -252,12 +233,13 @@ if __name__ == "__main__":
     require(args.source, "give a size, a folder, or --export; --help lists the flags")
     folder = os.path.expanduser(args.source)
     name = os.path.basename(os.path.abspath(folder))
-    if args.source in SIZES and not os.path.exists(folder):
+    to_fetch = args.source in SIZES and not os.path.exists(folder)
+    if to_fetch:
         folder = os.path.join("models", args.source)
         name = f"gpt2-{args.source}"
     out = os.path.expanduser(args.out or os.path.join("models", f"{name}.pt"))
     require(not os.path.exists(out), f"{out} exists: delete it, or name another file with --out")
-    if name == f"gpt2-{args.source}":
+    if to_fetch:
         download(args.source, folder)
     model = load_gpt2(folder)
     require_vocabulary(model.config, folder)
