@@ -12,35 +12,28 @@ import sys
 import time
 
 import torch
-import torch.nn.functional as F
 
 from gpt import (DTYPES, END_OF_TEXT, beam_search, center_logits, choose_device, decode_utf8,
                  encode, explain, generate, get_tokenizer, load_checkpoint, number, require,
                  require_vocabulary, start_script)
 
-def read_file(path):
-    """The text of a file, or of standard input for -."""
-    with open(0 if path == "-" else os.path.expanduser(path), "rb") as file:
-        return decode_utf8(file.read(), path)
-
 @torch.inference_mode()
 def score(model, ids):
     """The mean loss, in nats, of all of ids (n + 1,) int64 but the first. Windows overlap by half,
     so each token after the first window is predicted from at least half a window before it."""
+    T = model.config.block_size
     n = len(ids) - 1
-    T = min(model.config.block_size, n)
-    stride = T - T // 2
-    n_windows = math.ceil((n - T) / stride) + 1
-    padding = (0, T + (n_windows - 1) * stride - n)
-    inputs = F.pad(ids[:-1], padding).unfold(0, T, stride)  # (n_windows, T)
-    targets = F.pad(ids[1:], padding, value=-100).unfold(0, T, stride).clone()
-    targets[1:, : T - stride] = -100  # the window before has scored these
-    batch_size = max(1, 2048 // T)
+    scored = 0
     total = 0.0
-    for i in range(0, n_windows, batch_size):
-        batch = targets[i : i + batch_size]
-        total += model(inputs[i : i + batch_size], batch).item() * (batch != -100).sum().item()
-        print(f"{i + len(batch):,} of {n_windows:,} windows", end="\r", file=sys.stderr)
+    while scored < n:
+        start = max(0, scored - T // 2)
+        inputs = ids[start : min(start + T, n)]
+        targets = ids[start + 1 : start + 1 + T].clone()
+        targets[: scored - start] = -100  # the window before has scored these
+        new = start + len(targets) - scored
+        total += model(inputs[None], targets[None]).item() * new
+        scored += new
+        print(f"{scored:,} of {n:,} tokens", end="\r", file=sys.stderr)
     print(file=sys.stderr)
     return total / n
 
@@ -69,13 +62,14 @@ given = [name for name in sampling if getattr(args, name) != parser.get_default(
 require(not (args.num_beams and given), f"--num_beams does not go with --{' --'.join(given)}")
 require(os.path.exists(args.checkpoint),
         f"{args.checkpoint} is not there: run train.py, or load_gpt2.py 124M, first")
-text = args.start
-if "score" in args:
-    text = read_file(args.score)
-elif text == "-" or text.startswith("FILE:"):
-    text = read_file(text.removeprefix("FILE:")).removesuffix("\n")
-name = vars(args).get("score", args.start[:50])
-with explain(f"{name!r} cannot be encoded", ValueError):  # a million spaces in a row
+source = f"FILE:{args.score}" if "score" in args else args.start
+text = source
+if source == "-" or source.startswith("FILE:"):
+    path = os.path.expanduser(source.removeprefix("FILE:"))
+    with open(0 if path == "-" else path, "rb") as file:  # 0 is standard input
+        text = decode_utf8(file.read(), path)
+    text = text if "score" in args else text.removesuffix("\n")
+with explain(f"{source[:50]!r} cannot be encoded", ValueError):  # a million spaces in a row
     ids = encode(text)
 
 # Training needs float32 weights, because it adds up many small steps. Here 16 bits are enough.

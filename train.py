@@ -13,7 +13,6 @@ import csv
 import ctypes
 import datetime
 import functools
-import glob
 import hashlib
 import itertools
 import math
@@ -30,12 +29,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from gpt import (DTYPES, END_OF_TEXT, GPT, GPTConfig, InputError, center_logits, choose_device,
+from gpt import (DATA_DIR, DTYPES, END_OF_TEXT, GPT, GPTConfig, center_logits, choose_device,
                  decode_utf8, encode, explain, generate, get_tokenizer, load_checkpoint, number,
                  one_line, require, require_vocabulary, save_checkpoint, start_script, whole_file,
                  with_weights)
 
-STORY = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data", "story.txt")
+STORY = os.path.join(DATA_DIR, "story.txt")
 COLUMNS = ("iter", "tokens", "loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s")
 # torchrun tells each process how many there are, and its number among all and on its machine.
 PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
@@ -55,48 +54,43 @@ def flags():
     """The command line's parser. A flag that nanoGPT has too is named as there."""
     parser = start_script(__doc__)
     path = os.path.expanduser
-    natural = number(int, 0)
-    positive = number(int, 1)
-    real = number(float, 0)
+    count = number(int, 1)
     unset = argparse.SUPPRESS  # such a flag is absent from args unless it was typed
-    group = parser.add_argument_group("what to read and write")
-    flag = group.add_argument
+    flag = parser.add_argument_group("what to read and write").add_argument
     flag("--data", type=path, default=STORY, help="text, folder of .txt, or .bin")
     flag("--val_data", type=path, default=unset, help="as --data (default: the last tenth of it)")
     flag("--out_dir", type=path, default="out", help="where all results go")
-    flag = group.add_mutually_exclusive_group().add_argument
     flag("--resume", action="store_true", help="go on with the run in out_dir, with its flags")
     flag("--init_from", type=path, default=unset, help="a checkpoint whose weights start a new run")
     flag = parser.add_argument_group("model").add_argument
-    flag("--n_layer", type=positive, default=12, help="transformer blocks")
-    flag("--n_head", type=positive, default=12, help="attention heads in a block")
-    flag("--n_embd", type=positive, default=768, help="embedding dimension")
-    flag("--block_size", type=positive, default=256, help="context length, in tokens")
+    flag("--n_layer", type=count, default=12, help="transformer blocks")
+    flag("--n_head", type=count, default=12, help="attention heads in a block")
+    flag("--n_embd", type=count, default=768, help="embedding dimension")
+    flag("--block_size", type=count, default=256, help="context length, in tokens")
     flag("--dropout", type=number(float, 0, 0.999), default=0.1, help="dropout probability")
     flag = parser.add_argument_group("training").add_argument
-    flag("--max_iters", type=natural, default=150, help="steps, from the run's beginning")
-    flag("--batch_size", type=positive, default=2, help="windows in a micro-batch")
-    flag("--gradient_accumulation_steps", type=positive, default=1, help="micro-batches in a step")
+    flag("--max_iters", type=number(int, 0), default=150, help="steps, from the run's beginning")
+    flag("--batch_size", type=count, default=2, help="windows in a micro-batch")
+    flag("--gradient_accumulation_steps", type=count, default=1, help="micro-batches in a step")
     flag("--learning_rate", type=number(float, 1e-12), default=4e-4, help="the highest rate")
-    flag("--min_lr", type=real, default=unset, help="lowest rate (default: learning_rate / 10)")
-    flag("--warmup_iters", type=natural, default=30, help="steps of linear warm-up")
-    flag("--lr_decay_iters", type=natural, default=unset, help="decay ends at (default: max_iters)")
-    flag("--weight_decay", type=real, default=0.1, help="AdamW's weight decay")
+    flag("--min_lr", type=number(float, 0), default=unset, help="default: learning_rate / 10")
+    flag("--warmup_iters", type=number(int, 0), default=30, help="steps of linear warm-up")
+    flag("--lr_decay_iters", type=number(int, 0), default=unset, help="default: max_iters")
+    flag("--weight_decay", type=number(float, 0), default=0.1, help="AdamW's weight decay")
     # AdamW averages about 1 / (1 - beta) gradients: 5 for 0.8, better in a short run than 0.9's 10.
     flag("--beta1", type=number(float, 0, 0.9999), default=0.8, help="AdamW's first beta")
     flag("--beta2", type=number(float, 0, 0.9999), default=0.95, help="AdamW's second beta")
-    flag("--grad_clip", type=real, default=1.0, help="maximum gradient norm; 0: no clipping")
+    flag("--grad_clip", type=number(float, 0), default=1.0, help="maximum gradient norm; 0: any")
     flag("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="decides all that is random")
     flag = parser.add_argument_group("evaluation").add_argument
-    flag("--eval_interval", type=positive, default=30, help="steps between evaluations")
-    flag("--eval_windows", type=positive, default=40, help="windows of each split to evaluate on")
-    flag("--log_interval", type=positive, default=10, help="steps between printed lines")
+    flag("--eval_interval", type=count, default=30, help="steps between evaluations")
+    flag("--eval_windows", type=count, default=40, help="windows of each split to evaluate on")
+    flag("--log_interval", type=count, default=10, help="steps between printed lines")
     flag("--start", default="Every effort moves you", help="the prompt of the samples")
     flag = parser.add_argument_group("machine").add_argument
     flag("--device", default="auto", help="cuda, mps or cpu; auto: the first that is there")
     flag("--dtype", default="auto", choices=DTYPES, help="of matrix products; auto: what is fast")
-    flag("--compile", action=argparse.BooleanOptionalAction, default=unset,
-         help="torch.compile (default: on cuda)")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=unset, help="default: on cuda")
     return parser
 
 # What --resume may change. Another batch_size changes which numbers dropout drops.
@@ -109,27 +103,24 @@ def starting_point(parser, args, ckpt_path):
     state of the run that goes on, or {}."""
     state = {}
     saved = {}
+    require(not (args.resume and "init_from" in args), "--resume goes without --init_from")
     source = ckpt_path if args.resume else vars(args).get("init_from")
     if source:
         model, state = load_checkpoint(source, verify=True)
         require_vocabulary(model.config, source)
-        saved = asdict(model.config)
     if args.resume:
         require("val_data" in state, f"{source} has no run to go on: start one with --init_from")
-        saved |= state["args"] | {"out_dir": args.out_dir}
+        saved = state["args"] | {"out_dir": args.out_dir}
     elif source:
         state = {}
+        saved = asdict(model.config)
         positions = saved["block_size"]
         saved["block_size"] = min(positions, args.block_size)
         del saved["dropout"]
     args = parser.parse_args(namespace=argparse.Namespace(**saved))  # typed flags win over saved
-    for field in fields(GPTConfig):
-        vars(args).setdefault(field.name, field.default)  # vocab_size has no flag
     vars(args).setdefault("val_data", "")
     vars(args).setdefault("min_lr", args.learning_rate / 10)
     vars(args).setdefault("lr_decay_iters", args.max_iters)
-    args.data = os.path.abspath(args.data)
-    args.val_data = args.val_data and os.path.abspath(args.val_data)
     args.windows_per_step = args.batch_size * args.gradient_accumulation_steps * PROCESSES
     changed = [f"{name}={getattr(args, name)} instead of {value}" for name, value in saved.items()
                if not (args.resume and name in MAY_CHANGE) and getattr(args, name) != value]
@@ -140,18 +131,20 @@ def starting_point(parser, args, ckpt_path):
     require(args.n_embd % args.n_head == 0,
             f"--n_embd={args.n_embd} is no multiple of --n_head={args.n_head}")
     require(args.min_lr <= args.learning_rate, f"--min_lr={args.min_lr} is above --learning_rate")
-    config = GPTConfig(**{field.name: getattr(args, field.name) for field in fields(GPTConfig)})
-    if not source:
-        torch.manual_seed(args.seed)
-        model = GPT(config)
-    elif not args.resume:
+    if args.resume:
+        return args, model, state
+    names = {field.name for field in fields(GPTConfig)}
+    config = GPTConfig(**{name: value for name, value in vars(args).items() if name in names})
+    if source:
         weights = model.state_dict()
         weights["wpe.weight"] = weights["wpe.weight"][: args.block_size].clone()
         model = with_weights(config, weights)
         center_logits(model)
         if args.block_size < positions:
-            say(f"{source} has {positions:,} positions, of which the first {args.block_size:,} are "
-                f"kept; --block_size={positions} keeps all")
+            say(f"the first {args.block_size} positions stay; --block_size={positions} keeps all")
+    else:
+        torch.manual_seed(args.seed)
+        model = GPT(config)
     return args, model, state
 
 # ---- Text to tokens ------------------------------------------------------------------------------
@@ -163,49 +156,32 @@ def read_text(files):
         if name != files[0]:
             # Attention looks across it. The model learns, as GPT-2 did, that a new text begins.
             rest += "<|endoftext|>"
-        offset = 0
-        with explain(f"{name} cannot be read", OSError), open(name, "rb") as file:
+        with explain(f"{name} cannot be read; give --data=PATH", OSError), open(name, "rb") as file:
             while data := b"".join(file.readlines(2**18)):  # whole lines, 256 kB or more
-                text = rest + decode_utf8(data, name, offset)
-                offset += len(data)
-                space = len(text) > 900_000 and re.search(r"\s{900000}", text)
-                if space:
-                    raise InputError(f"{name}: after {text[: space.start()][-30:]!r} come 900,000 "
-                                     "white-space characters, more than tiktoken takes")
+                text = rest + decode_utf8(data, name, offset=file.tell() - len(data))
+                before, *after = re.split(r"\s{900000}", text, maxsplit=1)
+                require(not after, f"{name}: after {before[-30:]!r} come 900,000 white-space "
+                        "characters, more than tiktoken takes")
                 part = text.rstrip()
                 yield part
                 rest = text[len(part) :]
     yield rest
 
-def load_tokens(flag, args, state):
-    """--data or --val_data -> its tokens (n,) uint16, mapped from a file; their hash. Those of a
-    text are kept in out_dir: a run goes on with them, whatever became of the text."""
-    path = getattr(args, flag)
-    if path.endswith(".bin"):
-        tokens = read_bin(path)
-    else:
-        kept = os.path.join(args.out_dir, f"{flag}.bin")
-        same_run = LOCAL_RANK > 0 or state.get("args", {}).get(flag) == path
-        if not (same_run and os.path.exists(kept)):
-            write_tokens(path, kept, state.get(flag))
-        with explain(f"{kept} was cut: delete it", ValueError):
-            tokens = np.memmap(kept, dtype=np.uint16, mode="r")
-    return tokens, hashlib.sha256(tokens).hexdigest()
-
 def write_tokens(path, kept, expected_hash):
     """Encodes a text, or a folder of texts, into the file `kept`, as uint16 (up to 65,535)."""
-    require(os.path.exists(path), f"{path} is not there; give its place: --data=PATH")
-    folder = os.path.join(glob.escape(path), "*.[tT][xX][tT]")
-    files = sorted(glob.glob(folder)) if os.path.isdir(path) else [path]
-    sha = hashlib.sha256()
-    characters = 0
+    files = [path]
+    if os.path.isdir(path):
+        names = sorted(os.listdir(path))
+        files = [os.path.join(path, name) for name in names if name.lower().endswith(".txt")]
     texts = read_text(files)
+    characters = 0
+    sha = hashlib.sha256()
     with whole_file(kept) as file:
         while group := list(itertools.islice(texts, 16)):  # tiktoken encodes 16 in parallel
             for ids in get_tokenizer().encode_batch(group, allowed_special="all"):
-                array = np.array(ids, dtype=np.uint16)
-                sha.update(array)
-                file.write(array)
+                tokens = np.array(ids, dtype=np.uint16)
+                sha.update(tokens)
+                file.write(tokens)
             characters += sum(map(len, group))
             say(f"{path}: {len(files)} file(s), {characters:,} characters, {file.tell() // 2:,} "
                 "tokens", end="\r")
@@ -213,45 +189,56 @@ def write_tokens(path, kept, expected_hash):
         require(characters > 0, f"{path}: there is no text in it")
         require(expected_hash in (None, sha.hexdigest()), f"{path} is not the text of this run")
 
-def read_bin(path):
-    """A file of uint16 token ids, such as nanoGPT's -> tokens (n,), mapped from it."""
-    with explain(f"{path} is not bare uint16 tokens of GPT-2", OSError, ValueError):
-        tokens = np.memmap(path, dtype=np.uint16, mode="r")
-        require(tokens[:3].tobytes() != b"\x93NUMPY", "but a .npy file")
-        require(tokens[1:99:2].any(), "its integers are wider")  # their upper halves are 0
-        largest = tokens.max()
-        require(largest <= END_OF_TEXT, f"its largest id is {largest}, above {END_OF_TEXT}")
-        require(largest > 255, f"its largest id is {largest}, and up to 255 they are single bytes: "
-                "its ids are another vocabulary's, such as characters'")
-    return tokens
+def load_tokens(flag, args, state):
+    """--data or --val_data -> its tokens (n,) uint16, mapped from a file; their hash. Those of a
+    text are kept in out_dir: a run goes on with them, whatever became of the text."""
+    path = getattr(args, flag)
+    name = path
+    if not path.endswith(".bin"):  # nanoGPT's
+        name = os.path.join(args.out_dir, f"{flag}.bin")
+        same_run = LOCAL_RANK > 0 or state.get("args", {}).get(flag) == path
+        if not (same_run and os.path.exists(name)):
+            write_tokens(path, name, state.get(flag))
+    with explain(f"{name} does not hold GPT-2's tokens as uint16", OSError, ValueError):
+        tokens = np.memmap(name, dtype=np.uint16, mode="r")
+        if name == path:
+            require(tokens[:3].tobytes() != b"\x93NUMPY", "but a .npy file")
+            require(tokens[1:99:2].any(), "its integers are wider")  # their upper halves are 0
+            largest = tokens.max()
+            # Up to 255 they are single bytes, and any text has others.
+            require(255 < largest <= END_OF_TEXT, f"its largest id is {largest}, not 256 to 50256")
+    return tokens, hashlib.sha256(tokens).hexdigest()
 
 # ---- Windows, schedule, step, evaluation ---------------------------------------------------------
+def windows_in(tokens, args, purpose):
+    """tokens (n,) -> a view of all their windows (n_windows, block_size + 1). Two neighbours share
+    one token: the last of a window is a target only."""
+    T = args.block_size
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, T + 1)[::T]
+    say(f"{len(tokens):,} tokens to {purpose}: {len(windows):,} windows of {T}, of which "
+        f"{min(len(windows), args.eval_windows)} are evaluated")
+    return windows
+
 @functools.lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
 def shuffled(n_windows, seed, epoch):
     """The order in which an epoch, one pass over the text, reads the windows."""
     return np.random.default_rng((seed, epoch)).permutation(n_windows)
 
-def windows_of(step, micro, args, n_windows):
+def batch_of(step, micro, args, n_windows):
     """The numbers of the batch_size windows in a micro-batch. They follow from args, step and micro
-    alone: a resumed run reads what it would have read. Windows do not overlap and are not drawn
-    independently, so that an epoch reads each of them once, in an order of its own."""
+    alone: a resumed run reads what it would have read. An epoch reads each window once, in an order
+    of its own; windows drawn independently would leave some out."""
     first = step * args.windows_per_step + micro * args.batch_size  # windows read before these
-    return [int(shuffled(n_windows, args.seed, i // n_windows)[i % n_windows])
+    return [shuffled(n_windows, args.seed, i // n_windows)[i % n_windows]
             for i in range(first, first + args.batch_size)]
 
-def get_batch(tokens, windows, block_size, device):
-    """-> inputs and targets, both (B, T) int64. A token's target is the token after it."""
-    rows = np.stack([tokens[w * block_size : (w + 1) * block_size + 1] for w in windows])
-    rows = torch.from_numpy(rows.astype(np.int64)).to(device)  # (B, T + 1)
-    return rows[:, :-1], rows[:, 1:]
-
-def loss_on(windows, model, tokens, args):
-    """The model's mean loss on these windows of tokens, a scalar. Matrix products are computed in
+def loss_on(windows, model, args):
+    """The model's mean loss on windows (B, T + 1), a scalar. Matrix products are computed in
     args.dtype. Weights, gradients, the x between blocks, LayerNorm and the loss stay float32."""
     device = next(model.parameters()).device
-    inputs, targets = get_batch(tokens, windows, args.block_size, device)
+    tokens = torch.from_numpy(windows.astype(np.int64)).to(device)  # (B, T + 1)
     with torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
-        return model(inputs, targets)
+        return model(tokens[:, :-1], tokens[:, 1:])  # a token's target is the token after it
 
 def learning_rate(step, args):
     """The rate of a step, counted from 0: a linear warm-up, since AdamW's averages rest on few
@@ -263,11 +250,10 @@ def learning_rate(step, args):
     progress = (step - args.warmup_iters) / (args.lr_decay_iters - args.warmup_iters)
     return args.min_lr + (args.learning_rate - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
-def train_step(step, model, tokens, optimizer, scaler, args):
+def train_step(step, model, windows, optimizer, scaler, args):
     """One step of AdamW. Returns the mean loss of this process's windows, and the gradient norm."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
-    n_windows = (len(tokens) - 1) // args.block_size
     loss = 0.0
     for i in range(args.gradient_accumulation_steps):
         micro = i * PROCESSES + RANK  # the micro-batch's number among all of the step
@@ -275,9 +261,9 @@ def train_step(step, model, tokens, optimizer, scaler, args):
         torch.manual_seed(int(np.random.default_rng((args.seed, step, micro)).integers(2**63)))
         if PROCESSES > 1:  # gradients of micro-batches add up; DDP exchanges them with the last
             model.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
-        windows = windows_of(step, micro, args, n_windows)
+        batch = windows[batch_of(step, micro, args, len(windows))]  # (B, T + 1)
         # Means, divided by their number, add up to the mean of one large batch.
-        micro_loss = loss_on(windows, model, tokens, args) / args.gradient_accumulation_steps
+        micro_loss = loss_on(batch, model, args) / args.gradient_accumulation_steps
         scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
     scaler.unscale_(optimizer)
@@ -298,16 +284,15 @@ def sum_over_processes(*values):
     return total.tolist()
 
 @torch.no_grad()
-def evaluate(model, tokens, args):
-    """The mean loss, in nats a token, on eval_windows windows that are spread evenly over tokens.
+def evaluate(model, windows, args):
+    """The mean loss, in nats a token, on eval_windows of the windows, spread evenly over the text.
     They are always the same, and no random number is drawn."""
-    n_windows = (len(tokens) - 1) // args.block_size
-    n = min(n_windows, args.eval_windows)
-    windows = [i * n_windows // n for i in range(n)][RANK::PROCESSES]  # this process's share
+    n = min(len(windows), args.eval_windows)
+    numbers = [i * len(windows) // n for i in range(n)][RANK::PROCESSES]  # this process's share
     total = 0.0
-    for start in range(0, len(windows), args.batch_size):
-        batch = windows[start : start + args.batch_size]
-        total += loss_on(batch, model, tokens, args).item() * len(batch)
+    for start in range(0, len(numbers), args.batch_size):
+        batch = windows[numbers[start : start + args.batch_size]]  # (B, T + 1)
+        total += loss_on(batch, model, args).item() * len(batch)
     return sum_over_processes(total)[0] / n
 
 def record(row, log_csv, seconds_left):
@@ -320,20 +305,23 @@ def record(row, log_csv, seconds_left):
         line.append(f"{datetime.timedelta(seconds=int(seconds_left))} left")
     say(" | ".join(line))
 
-def stop_unless_finite(name, value, step, saved_at, args):
-    """Ends the script with status 1 if value is infinite or nan, and says how to start again."""
-    if not math.isfinite(value):
+def stop_unless_finite(row, saved_at, scaler, args):
+    """Ends the script with status 1 if a number of row is infinite or nan, and says how to start
+    again."""
+    names = [name for name, value in row.items() if not math.isfinite(value)]
+    # When float16 overflows, the scaler skips the step and halves its factor, down to 1.
+    if not names or (names == ["grad_norm"] and scaler.is_enabled() and scaler.get_scale() >= 1):
+        return
+    lower = f"--learning_rate={args.learning_rate / 4:.1e}"
+    cure = f"There is no checkpoint yet: start again with {lower}"
+    if saved_at >= 0:
         path = os.path.join(args.out_dir, "ckpt.pt")
-        lower = f"--learning_rate={args.learning_rate / 4:.1e}"
-        cure = f"There is no checkpoint yet: start again with {lower}"
-        if saved_at >= 0:
-            names = ("data", "val_data", "block_size")
-            flags = [f"--{name}={getattr(args, name)}" for name in names]
-            cure = (f"{path} still has step {saved_at}: python train.py --out_dir=NEW {lower} "
-                    f"{shlex.join([f'--init_from={path}', *flags])}")
-        say(f"train.py: error: {name} is {value} at step {step} (learning rate "
-            f"{learning_rate(max(0, step - 1), args):.1e}, {args.dtype}). {cure}", stream="stderr")
-        sys.exit(1)
+        flags = (f"--init_from={path}", f"--data={args.data}", f"--val_data={args.val_data}",
+                 f"--block_size={args.block_size}", lower, "--out_dir=NEW")
+        cure = f"{path} still has step {saved_at}: python train.py {shlex.join(flags)}"
+    say(f"train.py: error: {names[0]} is {row[names[0]]} at step {row['iter']} (learning rate "
+        f"{row.get('lr', 0):.1e}, {args.dtype}). {cure}", stream="stderr")
+    sys.exit(1)
 
 def show_sample(model, args):
     """Prints 40 tokens that the model writes after --start."""
@@ -351,9 +339,8 @@ def plot(log, tokens_per_step, path):
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
         for column, style in (("loss", "C7-"), ("train_loss", "C0o-"), ("val_loss", "C1o-")):
-            rows = [row for row in log if column in row]
-            axes.plot([row["iter"] for row in rows], [row[column] for row in rows], style,
-                      label=column)
+            points = [(row["iter"], row[column]) for row in log if column in row]
+            axes.plot(*np.reshape(points, (-1, 2)).T, style, label=column)
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         axes.grid(alpha=0.3)
         axes.legend()
@@ -436,27 +423,22 @@ if __name__ == "__main__":
     if LOCAL_RANK > 0:
         dist.barrier()
     tokens, data = load_tokens("data", args, state)  # data: a hash, to check a resumed run
-    n_train = len(tokens) * 9 // 10
-    train_tokens = tokens[:n_train]
-    val_tokens = tokens[n_train:]
+    train_tokens, val_tokens = np.split(tokens, [len(tokens) * 9 // 10])
     val_data = ""
     if args.val_data:
         train_tokens = tokens
         val_tokens, val_data = load_tokens("val_data", args, state)
     if PROCESSES > 1 and LOCAL_RANK == 0:
         dist.barrier()
-    require(not state or [state["data"], state["val_data"]] == [data, val_data],
-            f"--data={args.data} --val_data={args.val_data}: these are not the texts of this run "
-            f"(if they are, delete data.bin and val_data.bin in {args.out_dir})")
+    require(not state or [state["data"], state["val_data"]] == [data, val_data], f"{args.data} "
+            f"{args.val_data} is not the text of this run, or {args.out_dir}/*.bin were damaged: "
+            "then delete them")
     largest = min(len(train_tokens), len(val_tokens)) - 1  # the last token is a target only
     cure = f"the largest --block_size is {largest}" if largest > 0 else "more text is needed"
-    path = args.val_data if len(val_tokens) <= largest + 1 and args.val_data else args.data
-    require(largest >= args.block_size, f"{path} is too short: {len(train_tokens)} "
-            f"tokens to train on, {len(val_tokens)} to validate; {cure}")
-    for purpose, tokens in (("train on", train_tokens), ("validate", val_tokens)):
-        n = (len(tokens) - 1) // args.block_size
-        say(f"{len(tokens):,} tokens to {purpose}: {n:,} windows of {args.block_size}, of which "
-            f"{min(n, args.eval_windows)} are evaluated")
+    require(largest >= args.block_size, f"--data={args.data} is too short: {len(train_tokens)} "
+            f"tokens to train on, {len(val_tokens)} to validate on; {cure}")
+    train_windows = windows_in(train_tokens, args, "train on")
+    val_windows = windows_in(val_tokens, args, "validate")
     tokens_per_step = args.windows_per_step * args.block_size
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {args.dtype}, "
         f"{tokens_per_step:,} tokens a step")
@@ -492,9 +474,9 @@ if __name__ == "__main__":
             log_csv.writeheader()
             log_csv.writerows(log)
     if args.warmup_iters >= args.lr_decay_iters > step:
-        say(f"the warm-up of {args.warmup_iters} steps is not shorter than lr_decay_iters, after "
-            f"which the learning rate falls to {args.min_lr:.1e} at once")
-    say(f"a blind guess costs a loss of ln({args.vocab_size}) = {math.log(args.vocab_size):.4f}")
+        say("the warm-up is not shorter than lr_decay_iters: the learning rate will fall at once")
+    blind = math.log(model.config.vocab_size)
+    say(f"a blind guess costs a loss of ln({model.config.vocab_size}) = {blind:.4f}")
 
     caught = catch_signals()
     stop = False
@@ -506,9 +488,9 @@ if __name__ == "__main__":
         evaluating = due and (step % args.eval_interval == 0 or step == args.max_iters)
         model.eval()  # no dropout
         if evaluating:
-            for name, tokens in (("train_loss", train_tokens), ("val_loss", val_tokens)):
-                row[name] = evaluate(model, tokens, args)
-                stop_unless_finite(name, row[name], step, saved_at, args)
+            for name, windows in (("train_loss", train_windows), ("val_loss", val_windows)):
+                row[name] = evaluate(model, windows, args)
+        stop_unless_finite(row, saved_at, scaler, args)
         if RANK == 0:
             if evaluating or (due and step % args.log_interval == 0):
                 log.append(row)
@@ -533,14 +515,10 @@ if __name__ == "__main__":
 
         model.train()
         step_started = time.perf_counter()
-        loss, norm = train_step(step, wrapped, train_tokens, optimizer, scaler, args)
+        loss, norm = train_step(step, wrapped, train_windows, optimizer, scaler, args)
         step += 1
         loss, signals = sum_over_processes(loss / PROCESSES, len(caught))
         stop = signals > 0
-        stop_unless_finite("loss", loss, step, saved_at, args)
-        # When float16 overflows, the scaler skips the step and halves its factor, down to 1.
-        if not scaler.is_enabled() or scaler.get_scale() < 1:
-            stop_unless_finite("grad_norm", norm, step, saved_at, args)
         speed = tokens_per_step / (time.perf_counter() - step_started)
         row = {"iter": step, "tokens": step * tokens_per_step, "loss": loss,
                "lr": learning_rate(step - 1, args), "grad_norm": norm, "tokens_per_s": speed}
