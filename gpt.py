@@ -217,7 +217,36 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
             return
         window = torch.cat((window, token[:, None]), dim=1)
 
-# ---- Text and tokens (what follows, dropout included, needs these imports) -----------------------
+@torch.inference_mode()
+def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
+    """idx (1, T) int64 -> the continuation with the highest mean log-probability found, (n,) int64.
+    Each step keeps the N = num_beams likeliest sequences of n new tokens. Those that end with
+    stop_token are kept apart, and compared with the others at the end."""
+    V = model.config.vocab_size
+    assert idx.shape[1] + max_new_tokens <= model.config.block_size, "there is no sliding window"
+    caches = [KVCache(model, num_beams) for _ in model.h]
+    beams = idx.new_empty(num_beams, 0)  # (N, n)
+    unseen = idx.expand(num_beams, -1)  # (N, T)
+    scores = torch.full((num_beams,), -math.inf, device=idx.device)  # (N,), log-probabilities
+    scores[0] = 0  # all beams are equal at first, so only one may have successors
+    found = []  # (mean log-probability, sequence)
+    for n in range(1, max_new_tokens + 1):
+        log_probs = model(unseen, caches=caches)[:, -1].float().log_softmax(dim=-1)  # (N, V)
+        totals = scores[:, None] + log_probs  # (N, V)
+        if stop_token is not None:  # an end counts, even if N running sequences are likelier
+            score, row = totals[:, stop_token].max(dim=0)  # two scalars
+            found.append((score / n, torch.cat((beams[row], idx.new_tensor([stop_token])))))
+            totals[:, stop_token] = -math.inf
+        scores, places = totals.flatten().topk(num_beams)  # both (N,), the highest score first
+        rows = places // V  # (N,), the beams that go on: some twice, some never
+        unseen = places[:, None] % V  # (N, 1), their new tokens
+        beams = torch.cat((beams[rows], unseen), dim=1)
+        for cache in caches:
+            cache.kv[:, :, :, : cache.length] = cache.kv[:, rows, :, : cache.length]
+    found.append((scores[0] / max(1, max_new_tokens), beams[0]))
+    return max(found, key=lambda pair: pair[0])[1]
+
+# ---- Around the model (dropout, too, needs these imports) ----------------------------------------
 import argparse
 import contextlib
 import functools
@@ -230,6 +259,22 @@ import zipfile
 import numpy as np
 import tiktoken.load
 
+def dropout(x, p, training=True):
+    """F.dropout, faster on a CPU: while training, each element of x becomes 0 with probability p.
+    The others are scaled up. So the model cannot rely on any single one."""
+    if not training or p in (0, 1) or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p, training)
+    # PyTorch draws a number for each element. NumPy draws 64 bits, which serve four elements: 16
+    # bits, read as int16, are a number from -32768 to 32767. The lowest numbers drop their element.
+    seed = int(torch.randint(2**62, ()))  # torch.manual_seed decides here too
+    generator = np.random.Generator(np.random.SFC64(seed))
+    words = generator.integers(0, 2**64, x.numel() // 4 + 1, dtype=np.uint64)
+    numbers = torch.from_numpy(words.view(np.int16))[: x.numel()].view(x.shape)
+    dropped = min(round(p * 65536), 65535)  # of 65,536 possible numbers
+    keep = torch.ge(numbers, dropped - 32768, out=torch.empty_like(x))  # 0 or 1, in the dtype of x
+    return x * keep.mul_(65536 / (65536 - dropped))
+
+# ---- Text and tokens -----------------------------------------------------------------------------
 class InputError(ValueError):
     """What the user gave cannot work. The message says what it is and what to do."""
 
@@ -249,8 +294,7 @@ PATTERN = (r"'(?:[sdmt]|ll|ve|re)"  # the ending of an English word, as in it's
 def get_tokenizer():
     """GPT-2's byte-pair encoding, a tiktoken.Encoding. Each line of data/vocab.bpe joins two tokens
     into a new one, with the next id: so the two bytes of "é" become one. Encoding a text joins the
-    pair that makes the lowest id, again and again. Every byte is a token, so none is unknown. Both
-    files write byte 32, the space, as Ġ, and each other invisible byte as a visible character."""
+    pair that makes the lowest id, again and again. Every byte is a token, so none is unknown."""
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # or tiktoken keeps copies of the two files
     ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
         os.path.join(DATA_DIR, "vocab.bpe"), os.path.join(DATA_DIR, "export", "vocab.json"))
@@ -272,56 +316,6 @@ def decode_utf8(data, name, offset=0):
         place = f"byte {offset + error.start} ({data[error.start]:#x})"
         raise InputError(f"{name}: {place} is not UTF-8; save the file as UTF-8") from error
     return text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n")
-
-# ---- Beam search ---------------------------------------------------------------------------------
-@torch.inference_mode()
-def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
-    """idx (1, T) int64 -> the continuation with the highest mean log-probability found, (n,) int64.
-    Each step keeps the N = num_beams likeliest sequences of n new tokens. The best that ended with
-    stop_token is kept apart, and returned as soon as no running one can beat it."""
-    V = model.config.vocab_size
-    assert idx.shape[1] + max_new_tokens <= model.config.block_size, "there is no sliding window"
-    caches = [KVCache(model, num_beams) for _ in model.h]
-    beams = idx.new_empty(num_beams, 0)  # (N, n)
-    unseen = idx.expand(num_beams, -1)  # (N, T)
-    scores = torch.full((num_beams,), -math.inf, device=idx.device)  # (N,), log-probabilities <= 0
-    scores[0] = 0  # all beams are equal at first, so only one may have successors
-    best_mean = -math.inf  # of best_ended, once there is one
-    for n in range(1, max_new_tokens + 1):
-        log_probs = model(unseen, caches=caches)[:, -1].float().log_softmax(dim=-1)  # (N, V)
-        totals = scores[:, None] + log_probs  # (N, V)
-        if stop_token is not None:  # an end counts, even if N running sequences are likelier
-            score, row = totals[:, stop_token].max(dim=0)  # two scalars
-            if score / n > best_mean:
-                best_mean = score / n
-                best_ended = torch.cat((beams[row], idx.new_tensor([stop_token])))
-            totals[:, stop_token] = -math.inf
-        scores, places = totals.flatten().topk(num_beams)  # both (N,), the highest score first
-        rows = places // V  # (N,), the beams that go on: some twice, some never
-        unseen = places[:, None] % V  # (N, 1), their new tokens
-        beams = torch.cat((beams[rows], unseen), dim=1)
-        for cache in caches:
-            cache.kv[:, :, :, : cache.length] = cache.kv[:, rows, :, : cache.length]
-        # Scores are negative and only fall: no sequence can end with a mean above this bound.
-        if best_mean >= scores[0] / max_new_tokens:
-            return best_ended
-    return beams[0]
-
-# ---- Faster on a CPU -----------------------------------------------------------------------------
-def dropout(x, p, training=True):
-    """F.dropout: while training, each element of x becomes 0 with probability p and the others are
-    scaled up, so that the model cannot rely on any single one."""
-    if not training or p in (0, 1) or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p, training)
-    # PyTorch draws a number for each element. NumPy draws 64 bits, which serve four elements: 16
-    # bits, read as int16, are a number from -32768 to 32767. The lowest numbers drop their element.
-    seed = int(torch.randint(2**62, ()))  # torch.manual_seed decides here too
-    generator = np.random.Generator(np.random.SFC64(seed))
-    words = generator.integers(0, 2**64, x.numel() // 4 + 1, dtype=np.uint64)
-    numbers = torch.from_numpy(words.view(np.int16))[: x.numel()].view(x.shape)
-    dropped = min(round(p * 65536), 65535)  # of 65,536 possible numbers
-    keep = torch.ge(numbers, dropped - 32768, out=torch.empty_like(x))  # 0 or 1, in the dtype of x
-    return x * keep.mul_(65536 / (65536 - dropped))
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
 @contextlib.contextmanager
@@ -435,8 +429,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 def choose_device(device, dtype):
     """--device and --dtype -> torch.device, torch.dtype. auto takes bfloat16 where the hardware has
-    it: float32's range, with 8 bits of precision, not 24. Older GPUs have float16, with 11 bits and
-    a small range."""
+    it: float32's range with 8 bits of precision, not 24. Older GPUs have float16: 11 bits."""
     if device == "auto":
         found = torch.accelerator.is_available()  # cuda, mps or xpu
         device = torch.accelerator.current_accelerator() if found else "cpu"

@@ -5,10 +5,8 @@
     python load_gpt2.py --export out/ckpt.pt DIR  writes a folder for transformers and other tools
 
 The first two write models/gpt2-124M.pt or models/FOLDER.pt, for sample.py and train.py --init_from.
-
-TensorFlow's Saver writes the variables into the data file one after the other, sorted by name,
-without gaps. Names and shapes follow from hparams.json, so the index file beside it is not needed.
-The size of the data file shows if a variable is missing or left over.
+TensorFlow's Saver wrote OpenAI's variables one after the other, sorted by name, without gaps. Their
+names and shapes follow from hparams.json. The file's size shows if one is missing or left over.
 """
 import argparse
 import glob
@@ -34,13 +32,12 @@ SIZES = ("124M", "355M", "774M", "1558M")
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 HPARAMS = "hparams.json"
 DATA = "model.ckpt.data-00000-of-00001"
-# Hugging Face's names of the sizes.
+VOCAB_PATH = os.path.join(DATA_DIR, "vocab.bpe")
+EXPORT_DIR = os.path.join(DATA_DIR, "export")  # what is the same in every folder for other tools
+# Hugging Face's names of our sizes.
 HUGGING_FACE = {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer",
                 "n_head": "n_head", "n_embd": "n_embd"}
-VOCAB_PATH = os.path.join(DATA_DIR, "vocab.bpe")
-EXPORT_DIR = os.path.join(DATA_DIR, "export")  # the files that are the same for every model
 
-# ---- In ------------------------------------------------------------------------------------------
 def openai_name(name):
     """Our name of a parameter -> OpenAI's: h.3.attn.c_attn.weight -> h3/attn/c_attn/w."""
     path = re.sub(r"^h\.", "h", name).replace(".", "/").replace("/bias", "/b")
@@ -56,9 +53,8 @@ def transposed(name, weight):
 
 def read_json(path):
     """The content of a JSON file."""
-    with explain(f"{path} is missing or not JSON", OSError, ValueError):
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+    with explain(f"{path} is no JSON", OSError, ValueError), open(path, encoding="utf-8") as file:
+        return json.load(file)
 
 def config_from(path, **names):
     """A JSON file, and its names for the fields of GPTConfig -> GPTConfig."""
@@ -177,7 +173,6 @@ def fetch(url, path):
             raise OSError(f"{file.tell()} of {total} bytes came; {path}.part has them")
     os.replace(path + ".part", path)
 
-# ---- Out -----------------------------------------------------------------------------------------
 LAYERS = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")  # of a block
 
 def export(path, folder):
@@ -197,13 +192,12 @@ def export(path, folder):
 
     contents = {name: read_json(os.path.join(EXPORT_DIR, name)) for name in os.listdir(EXPORT_DIR)}
     sizes = {theirs: getattr(config, ours) for ours, theirs in HUGGING_FACE.items()}
-    contents["config.json"] |= sizes | {
-        "n_ctx": config.block_size, "resid_pdrop": config.dropout, "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout}
+    dropouts = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
+    contents["config.json"] |= sizes | dropouts | {"n_ctx": config.block_size}
     contents["generation_config.json"]["max_length"] = config.block_size
     contents["tokenizer_config.json"]["model_max_length"] = config.block_size
-    contents["tokenizer.json"]["model"] |= {"vocab": contents["vocab.json"],
-                                            "merges": merges(VOCAB_PATH)}
+    tokenizer = {"vocab": contents["vocab.json"], "merges": merges(VOCAB_PATH)}
+    contents["tokenizer.json"]["model"] |= tokenizer
     try:
         with explain(f"{folder} could not be written", SafetensorError, OSError):
             os.makedirs(folder)

@@ -12,6 +12,7 @@ import sys
 import time
 
 import torch
+import torch.nn.functional as F
 
 from gpt import (DTYPES, END_OF_TEXT, beam_search, center_logits, choose_device, decode_utf8,
                  encode, explain, generate, get_tokenizer, load_checkpoint, number, require,
@@ -23,17 +24,15 @@ def score(model, ids):
     so each token after the first window is predicted from at least half a window before it."""
     T = model.config.block_size
     n = len(ids) - 1
-    scored = 0
+    end = 0  # how many tokens are scored
     total = 0.0
-    while scored < n:
+    while end < n:
+        scored = end
         start = max(0, scored - T // 2)
-        inputs = ids[start : min(start + T, n)]
-        targets = ids[start + 1 : start + 1 + T].clone()
-        targets[: scored - start] = -100  # the window before has scored these
-        new = start + len(targets) - scored
-        total += model(inputs[None], targets[None]).item() * new
-        scored += new
-        print(f"{scored:,} of {n:,} tokens", end="\r", file=sys.stderr)
+        end = min(start + T, n)
+        logits = model(ids[None, start:end])[0, scored - start :].float()  # (end - scored, V)
+        total += F.cross_entropy(logits, ids[scored + 1 : end + 1], reduction="sum").item()
+        print(f"{end:,} of {n:,} tokens", end="\r", file=sys.stderr)
     print(file=sys.stderr)
     return total / n
 

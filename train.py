@@ -295,13 +295,14 @@ def evaluate(model, windows, args):
         total += loss_on(batch, model, args).item() * len(batch)
     return sum_over_processes(total)[0] / n
 
-def record(row, log_csv, seconds_left):
-    """Writes a row of the log, then prints it."""
+def record(row, log_csv, tokens_left):
+    """Writes a row of the log, then prints it, with the time left at this step's speed."""
     log_csv.writerow(row)
     line = [f"{name} {value:.6g}" for name, value in row.items() if name != "tokens"]
     if "val_loss" in row:
         line.append(f"val_perplexity {math.exp(min(row['val_loss'], 700)):.6g}")
-    if seconds_left < 1e9:
+    seconds_left = tokens_left / row.get("tokens_per_s", math.nan)
+    if seconds_left < 1e9:  # nan is not
         line.append(f"{datetime.timedelta(seconds=int(seconds_left))} left")
     say(" | ".join(line))
 
@@ -430,9 +431,8 @@ if __name__ == "__main__":
         val_tokens, val_data = load_tokens("val_data", args, state)
     if PROCESSES > 1 and LOCAL_RANK == 0:
         dist.barrier()
-    require(not state or [state["data"], state["val_data"]] == [data, val_data], f"{args.data} "
-            f"{args.val_data} is not the text of this run, or {args.out_dir}/*.bin were damaged: "
-            "then delete them")
+    require(not state or [state["data"], state["val_data"]] == [data, val_data],
+            f"--data is not the text of this run, or {args.out_dir}/*.bin is damaged: delete it")
     largest = min(len(train_tokens), len(val_tokens)) - 1  # the last token is a target only
     cure = f"the largest --block_size is {largest}" if largest > 0 else "more text is needed"
     require(largest >= args.block_size, f"--data={args.data} is too short: {len(train_tokens)} "
@@ -463,7 +463,7 @@ if __name__ == "__main__":
     if PROCESSES > 1:
         wrapped = torch.nn.parallel.DistributedDataParallel(wrapped)
 
-    step = first_step = state.get("step", 0)
+    step = state.get("step", 0)
     saved_at = state.get("step", -1)  # the step that ckpt.pt has, or -1
     best = state.get("best", {"step": 0, "val_loss": math.inf})
     log = state.get("log", [])  # rows up to the checkpoint; a resumed run repeats the later steps
@@ -481,7 +481,6 @@ if __name__ == "__main__":
     caught = catch_signals()
     stop = False
     row = {"iter": 0, "tokens": 0}  # the log's row of the last step; the loop's end fills it
-    loop_started = time.perf_counter()
     while True:
         # `step` steps are done. The step that was loaded from ckpt.pt is not evaluated again.
         due = step > saved_at
@@ -494,9 +493,7 @@ if __name__ == "__main__":
         if RANK == 0:
             if evaluating or (due and step % args.log_interval == 0):
                 log.append(row)
-                elapsed = time.perf_counter() - loop_started
-                done = step - first_step
-                record(row, log_csv, elapsed * (args.max_iters - step) / done if done else math.inf)
+                record(row, log_csv, (args.max_iters - step) * tokens_per_step)
             if evaluating and row["val_loss"] < best["val_loss"]:
                 # A model that learns a text by heart gets worse on others. best.pt is from before.
                 best = {"step": step, "val_loss": row["val_loss"]}
@@ -529,9 +526,9 @@ if __name__ == "__main__":
     if stop and step < args.max_iters:
         say(f"stopped and saved at step {step}; go on with --resume --out_dir={args.out_dir}")
         sys.exit(128 + (caught[0] if caught else signal.SIGTERM))  # the status that shells expect
-    say(f"{ckpt_path} has step {step}; --resume --max_iters=N --out_dir={args.out_dir} goes on\n"
-        f"{best_path} has step {best['step']}, with the lowest validation loss, "
-        f"{best['val_loss']:.4f}\nsee {plot_path}; peak memory {peak_memory(device):.1f} GB")
+    say(f"{ckpt_path} has step {step}; --resume --max_iters=N --out_dir={args.out_dir} goes on")
+    say(f"{best_path} has the best validation loss, {best['val_loss']:.4f} at step {best['step']}")
+    say(f"see {plot_path}; peak memory {peak_memory(device):.1f} GB")
     if best["step"] == 0 < step:
         say("no step made the validation loss lower than it was at the beginning")
     else:
