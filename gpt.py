@@ -1,7 +1,8 @@
 """GPT-2, the whole model: token ids in, token ids out.
 
-The model ends with `generate`. Only `dropout` stands further down: F.dropout, faster on a CPU. An
-assert means a mistake in the program, and `require` refuses what a user gave.
+The model goes down to `beam_search`. It needs one function from further down: `dropout`, which is
+F.dropout, faster on a CPU. An assert means a mistake in the program. `require` refuses what a user
+gave.
 Each tensor's shape stands beside it: B sequences of T tokens, C channels a token (n_embd), H heads
 of D = C / H channels each, V tokens in the vocabulary; S = T + the tokens that a KVCache holds.
 Sources: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), "Attention Is
@@ -25,8 +26,8 @@ class GPTConfig:
     dropout: float = 0.0  # the probability that a number becomes 0, while training
 
 def causal_mask(q, S):
-    """-> (T, S), to be added to the scores of q (B, H, T, D), the last T of S tokens: 0, or -inf
-    where a token would see the future. Softmax makes a weight of 0 of it. For T = 2 and S = 5:
+    """The mask (T, S) that is added to the scores of q (B, H, T, D), the last T of S tokens: -inf,
+    which softmax turns into a weight of 0, where a token would see the future. T = 2 and S = 5:
                         k0  k1  k2  k3  k4
                     q3   0   0   0   0 -inf
                     q4   0   0   0   0   0"""
@@ -37,20 +38,20 @@ def attend(q, k, v, dropout_p=0.0):
     value weighs more the better its key fits the query. k and v are (B, H, S, D). q (B, H, T, D)
     has only the last T of the S tokens: all of them if there is no cache. Returns (B, H, T, D)."""
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
-    if dropout_p > 0 and q.device.type == "cpu":  # faster here than the kernel below
+    if dropout_p > 0 and q.device.type == "cpu":  # our dropout is faster than that of the kernel
         # A score sums up D products, so it spreads sqrt(D) times as wide as one of them. Without
-        # the division, softmax would give nearly all weight to one key and pass no gradient back.
+        # the division, softmax would give nearly all weight to one key and hardly pass gradients.
         scores = (q / math.sqrt(D)) @ k.transpose(2, 3) + causal_mask(q, S)  # (B, H, T, S)
         weights = scores.softmax(dim=-1)  # (B, H, T, S), each row sums to 1
         return dropout(weights, dropout_p) @ v
-    # PyTorch computes the same in one kernel, which divides by sqrt(D) itself. is_causal builds the
-    # mask, but for T = S alone: for T < S it lines query 0 up with key 0. One query sees all keys.
+    # PyTorch computes the same in one kernel, which divides by sqrt(D) itself. Its is_causal is the
+    # right mask for T = S alone; else it would line query 0 up with key 0. One query needs no mask.
     mask = None if T in (1, S) else causal_mask(q, S)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p,
                                           is_causal=T == S)
 
 def linear(n_in, n_out, std=0.02):
-    """An nn.Linear whose weights are drawn as OpenAI drew them, and whose biases are 0."""
+    """An nn.Linear with weights from normal(0, std), 0.02 as in OpenAI's model.py, and biases 0."""
     layer = nn.Linear(n_in, n_out)
     nn.init.normal_(layer.weight, std=std)
     nn.init.zeros_(layer.bias)
@@ -67,8 +68,8 @@ class CausalSelfAttention(nn.Module):
         self.n_head = H
         self.dropout_p = config.dropout
         self.c_attn = linear(C, 3 * C)  # q of all heads, then k, then v
-        # x sums up 2 n_layer results of c_proj, whose variances add. Each starts smaller by
-        # sqrt(2 n_layer), so that x does not grow with the depth.
+        # The blocks add up 2 n_layer results of c_proj, whose variances add. As in the paper, each
+        # starts smaller by sqrt(2 n_layer), so that at first the sum does not grow with the depth.
         self.c_proj = linear(C, C, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x, cache=None):
@@ -88,7 +89,7 @@ class MLP(nn.Module):
         C = config.n_embd
         self.dropout_p = config.dropout
         self.c_fc = linear(C, 4 * C)
-        self.c_proj = linear(4 * C, C, std=0.02 / math.sqrt(2 * config.n_layer))  # as above
+        self.c_proj = linear(4 * C, C, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x):
         # GELU is a smooth max(x, 0). With nothing between them, two linear layers equal one.
@@ -144,12 +145,12 @@ class GPT(nn.Module):
         if targets is None:
             return logits
         assert targets.shape == idx.shape, f"targets {targets.shape} do not fit idx {idx.shape}"
-        # Under autocast the logits have 16 bits, too few to add up 50,257 exponentials.
+        # Under autocast the logits have 16 bits. The loss is computed, and returned, in 32.
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 class KVCache:
-    """One layer's keys and values of the tokens so far, so that each further token computes only
-    its own. Queries are not kept: a token asks once, but all later tokens look at its key."""
+    """One layer's keys and values of the tokens so far, so that only those of new tokens have to be
+    computed. Queries are not kept: a token asks once, but all later tokens look at its key."""
     def __init__(self, model, batch_size):
         assert not model.training, "call model.eval() first, or dropout spoils the text"
         config = model.config
@@ -169,15 +170,13 @@ def candidates(logits, temperature=1.0, top_k=None, top_p=None):
     """The tokens that may come next: logits (B, V) -> their probabilities (B, k), likeliest first,
     and their ids (B, k) int64.
     temperature divides the logits: below 1 the likely tokens become likelier, above 1 all become
-    more alike, and 0 leaves the likeliest token alone (greedy), as top_k=1 does. top_k keeps the k
+    more alike, and 0 always takes the likeliest token (greedy), as top_k=1 does. top_k keeps the k
     likeliest tokens; None and 0 keep all. Of these, top_p > 0 keeps the likeliest, including the
     one that brings the sum of their probabilities to top_p; None and 1 keep all."""
-    k = min(top_k or logits.shape[-1], logits.shape[-1])
-    if temperature < 1e-6:  # so small a divisor would make infinite numbers
-        temperature = 1.0
-        k = 1
+    V = logits.shape[-1]
+    k = 1 if temperature < 1e-6 else min(top_k or V, V)  # 0 cannot divide
     logits, ids = logits.float().topk(k)  # both (B, k)
-    probs = (logits / temperature).softmax(dim=-1)  # (B, k)
+    probs = (logits / max(temperature, 1e-6)).softmax(dim=-1)  # (B, k)
     if top_p is not None and top_p < 1:
         sum_before = probs.cumsum(dim=-1) - probs  # (B, k), of all likelier tokens
         probs = probs.masked_fill(sum_before >= top_p, 0)
@@ -204,7 +203,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
         unseen = window[:, caches[0].length :]  # one token, or all if the caches are empty
         logits = model(unseen, caches=caches)[:, -1]  # (B, V)
         probs, ids = candidates(logits, temperature, top_k, top_p)  # both (B, k)
-        # The CPU draws, so a seed gives the same numbers on every machine.
+        # The CPU draws, so the device does not change the random numbers.
         choice = torch.multinomial(probs.cpu(), 1, generator=generator)  # (B, 1), from 0 to k - 1
         token = ids.gather(1, choice.to(ids.device))[:, 0]  # (B,)
         if stop_token is not None:
@@ -219,11 +218,13 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 
 @torch.inference_mode()
 def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
-    """idx (1, T) int64 -> the continuation with the highest mean log-probability found, (n,) int64.
-    Each step keeps the N = num_beams likeliest sequences of n new tokens. Those that end with
-    stop_token are kept apart, and compared with the others at the end."""
+    """idx (1, T) int64 -> the likeliest continuation that is found, by the mean log-probability of
+    its tokens, (n,) int64. After n steps the beams are the N = num_beams likeliest sequences of n
+    tokens. The likeliest one that ends with stop_token is put aside in each step."""
     V = model.config.vocab_size
-    assert idx.shape[1] + max_new_tokens <= model.config.block_size, "there is no sliding window"
+    T = idx.shape[1]
+    require(T + max_new_tokens <= model.config.block_size, f"beam search: {T} + {max_new_tokens} "
+            f"tokens exceed block_size={model.config.block_size}")
     caches = [KVCache(model, num_beams) for _ in model.h]
     beams = idx.new_empty(num_beams, 0)  # (N, n)
     unseen = idx.expand(num_beams, -1)  # (N, T)
@@ -234,15 +235,15 @@ def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
         log_probs = model(unseen, caches=caches)[:, -1].float().log_softmax(dim=-1)  # (N, V)
         totals = scores[:, None] + log_probs  # (N, V)
         if stop_token is not None:  # an end counts, even if N running sequences are likelier
-            score, row = totals[:, stop_token].max(dim=0)  # two scalars
-            found.append((score / n, torch.cat((beams[row], idx.new_tensor([stop_token])))))
+            score, best = totals[:, stop_token].max(dim=0)  # two scalars
+            found.append((score / n, torch.cat((beams[best], idx.new_tensor([stop_token])))))
             totals[:, stop_token] = -math.inf
         scores, places = totals.flatten().topk(num_beams)  # both (N,), the highest score first
-        rows = places // V  # (N,), the beams that go on: some twice, some never
+        parents = places // V  # (N,), the beams that go on: some twice, some never
         unseen = places[:, None] % V  # (N, 1), their new tokens
-        beams = torch.cat((beams[rows], unseen), dim=1)
+        beams = torch.cat((beams[parents], unseen), dim=1)
         for cache in caches:
-            cache.kv[:, :, :, : cache.length] = cache.kv[:, rows, :, : cache.length]
+            cache.kv[:, :, :, : cache.length] = cache.kv[:, parents, :, : cache.length]
     found.append((scores[0] / max(1, max_new_tokens), beams[0]))
     return max(found, key=lambda pair: pair[0])[1]
 
@@ -259,6 +260,27 @@ import zipfile
 import numpy as np
 import tiktoken.load
 
+class InputError(ValueError):
+    """What the user gave cannot work. The message says what it is and what to do."""
+
+def require(condition, message):
+    if not condition:
+        raise InputError(message)
+
+@contextlib.contextmanager
+def explain(message, *kinds):
+    """These kinds of errors in a with block become InputError("message (their first sentence)")."""
+    try:
+        yield
+    except kinds as error:
+        # torch.save's own error hides the OSError behind it, which says why.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise InputError(f"{message} ({one_line(cause).partition('. ')[0]})") from error
+
+def one_line(error):
+    """An error's message in one line, without the trace that C++ errors carry."""
+    return " ".join(str(error).partition("\nException raised from")[0].split())
+
 def dropout(x, p, training=True):
     """F.dropout, faster on a CPU: while training, each element of x becomes 0 with probability p.
     The others are scaled up. So the model cannot rely on any single one."""
@@ -267,24 +289,17 @@ def dropout(x, p, training=True):
     # PyTorch draws a number for each element. NumPy draws 64 bits, which serve four elements: 16
     # bits, read as int16, are a number from -32768 to 32767. The lowest numbers drop their element.
     seed = int(torch.randint(2**62, ()))  # torch.manual_seed decides here too
-    generator = np.random.Generator(np.random.SFC64(seed))
+    generator = np.random.Generator(np.random.SFC64(seed))  # NumPy's fastest
     words = generator.integers(0, 2**64, x.numel() // 4 + 1, dtype=np.uint64)
     numbers = torch.from_numpy(words.view(np.int16))[: x.numel()].view(x.shape)
-    dropped = min(round(p * 65536), 65535)  # of 65,536 possible numbers
-    keep = torch.ge(numbers, dropped - 32768, out=torch.empty_like(x))  # 0 or 1, in the dtype of x
-    return x * keep.mul_(65536 / (65536 - dropped))
+    n_low = min(round(p * 65536), 65535)  # how many of the 65,536 possible numbers drop theirs
+    keep = torch.ge(numbers, n_low - 32768, out=torch.empty_like(x))  # 0 or 1, in the dtype of x
+    return x * keep.mul_(65536 / (65536 - n_low))
 
 # ---- Text and tokens -----------------------------------------------------------------------------
-class InputError(ValueError):
-    """What the user gave cannot work. The message says what it is and what to do."""
-
-def require(condition, message):
-    if not condition:
-        raise InputError(message)
-
 DATA_DIR = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data")
 END_OF_TEXT = 50256  # <|endoftext|>, which stood between the documents GPT-2 was trained on
-# A text is cut into these pieces first, and no token spans two of them. ++ is +, only faster.
+# A text is first cut into pieces, and no token spans two of them. ++ is +, only faster.
 PATTERN = (r"'(?:[sdmt]|ll|ve|re)"  # the ending of an English word, as in it's
            r"| ?\p{L}++| ?\p{N}++"  # a word or a number, with the space before it
            r"| ?[^\s\p{L}\p{N}]++"  # punctuation
@@ -292,10 +307,10 @@ PATTERN = (r"'(?:[sdmt]|ll|ve|re)"  # the ending of an English word, as in it's
 
 @functools.lru_cache
 def get_tokenizer():
-    """GPT-2's byte-pair encoding, a tiktoken.Encoding. Each line of data/vocab.bpe joins two tokens
-    into a new one, with the next id: so the two bytes of "é" become one. Encoding a text joins the
-    pair that makes the lowest id, again and again. Every byte is a token, so none is unknown."""
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # or tiktoken keeps copies of the two files
+    """GPT-2's byte-pair encoding, a tiktoken.Encoding. Each line of data/vocab.bpe after the first
+    joins two tokens into a new one, with the next id: so the two bytes of "é" become one. A text is
+    encoded by joining the pair with the lowest id, again and again. Every byte is a token."""
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # "": tiktoken keeps no copies of the two files
     ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
         os.path.join(DATA_DIR, "vocab.bpe"), os.path.join(DATA_DIR, "export", "vocab.json"))
     return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks,
@@ -306,8 +321,8 @@ def encode(text):
     return get_tokenizer().encode(text, allowed_special="all")
 
 def decode_utf8(data, name, offset=0):
-    """Bytes that stand at offset in a file -> text with \\n at every line's end and without
-    byte-order marks, which stand in the middle where files were joined."""
+    """Bytes that stand at offset in a file -> text with \\n at each line's end, without byte-order
+    marks, some of which stand in the middle of a file that was joined."""
     nul = data.find(b"\0")
     require(nul < 0, f"{name}: byte {offset + nul} is NUL, as in UTF-16; save the file as UTF-8")
     try:
@@ -320,7 +335,7 @@ def decode_utf8(data, name, offset=0):
 # ---- Checkpoints ---------------------------------------------------------------------------------
 @contextlib.contextmanager
 def whole_file(path):
-    """Opens path.tmp for writing. It replaces path when it is whole. Otherwise path stays."""
+    """Opens path.tmp, which replaces path once it is complete. Else path stays as it was."""
     try:
         with explain(f"{path} could not be written", OSError):
             with open(path + ".tmp", "wb") as file:
@@ -339,15 +354,17 @@ def save_checkpoint(path, model, **state):
 
 def load_checkpoint(path, verify=False):
     """path -> GPT on the CPU, in eval mode; dict of the training state. Runs no code of the file.
-    verify compares checksums. Without it, weights stay in the file until they are used: nothing may
-    write into it, but whole_file may rename another over it (except on Windows)."""
-    os.stat(path)  # a file that is not there is an OSError
+    verify compares checksums. Without it weights stay in the file until they are used: meanwhile do
+    not write into it. whole_file may rename another over it, except on Windows."""
+    os.stat(path)  # raises FileNotFoundError, before all errors are explained alike
     with explain(f"{path} cannot be read as a checkpoint; try another, such as best.pt", Exception):
         require(not verify or zipfile.ZipFile(path).testzip() is None, "wrong checksum")
         state = torch.load(path, weights_only=True, mmap=not verify, map_location="cpu")
         config = state.pop("config")
         require(config.pop("bias", True), "it has no biases, and GPT-2 has")
-        # Other programs save what torch.compile made, with _orig_mod. before each name.
+        V = config["vocab_size"]
+        require(V == GPTConfig.vocab_size, f"it has {V} tokens, GPT-2 has {GPTConfig.vocab_size}")
+        # Who saves a compiled model has _orig_mod. before each name.
         weights = {k.removeprefix("_orig_mod."): w for k, w in state.pop("model").items()}
         return with_weights(GPTConfig(**config), weights).eval(), state
 
@@ -362,36 +379,19 @@ def with_weights(config, weights):
 def center_logits(model):
     """Moves the logits to around 0. OpenAI's 124M has them between -33 and -116, where bfloat16 has
     steps of 0.25 and 0.5, and likely tokens tie. wte's mean row moves to wpe. The blocks still read
-    the same wte + wpe. All logits of a place lose the same number, which softmax ignores."""
+    the same wte + wpe. All logits of a position lose the same number, which softmax ignores."""
     mean = model.wte.weight.mean(dim=0)  # (C,)
     model.wte.weight -= mean
     model.wpe.weight += mean
 
 # ---- What the scripts share ----------------------------------------------------------------------
-@contextlib.contextmanager
-def explain(message, *kinds):
-    """These kinds of errors in a with block become InputError("message (their first sentence)")."""
-    try:
-        yield
-    except kinds as error:
-        # torch.save's own error hides the OSError behind it, which says why.
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise InputError(f"{message} ({one_line(cause).partition('. ')[0]})") from error
-
-def one_line(error):
-    """An error's message in one line, without the trace that C++ errors carry."""
-    return " ".join(str(error).partition("\nException raised from")[0].split())
-
-def require_vocabulary(config, path):
-    require(config.vocab_size == 50257, f"{path} has {config.vocab_size} tokens, GPT-2 has 50257")
-
 def show_error(kind, error, trace):
     """sys.excepthook: one line and status 2 for what the user can put right, else a traceback."""
     message = one_line(error) or kind.__name__
-    several = int(os.environ.get("WORLD_SIZE") or 1) > 1  # processes
-    if several and os.environ.get("LOCAL_RANK") != "0":
+    shared = int(os.environ.get("WORLD_SIZE") or 1) > 1  # the run has several processes
+    if shared and os.environ.get("LOCAL_RANK") != "0":
         time.sleep(5)  # process 0 usually meets the same error and says it; torchrun then ends all
-    if kind in (BrokenPipeError, KeyboardInterrupt) or (several and "closed by peer" in message):
+    if kind in (BrokenPipeError, KeyboardInterrupt) or (shared and "closed by peer" in message):
         os._exit(130)  # the reader of a pipe left, or it was Ctrl-C, or another process left
     compiler = kind.__module__.startswith("torch._")  # torch._dynamo and torch._inductor
     expected = issubclass(kind, (InputError, OSError, MemoryError, torch.OutOfMemoryError))
@@ -400,24 +400,22 @@ def show_error(kind, error, trace):
     if not issubclass(kind, InputError):  # whoever changes the code needs the place
         place = traceback.extract_tb(trace)[-1]
         message += f" ({os.path.basename(place.filename)}:{place.lineno})"
-    if compiler:
-        message += "; --no-compile goes without torch.compile"
-    # torch.distributed puts another stream in the place of sys.stderr, and loses it on sys.exit.
+    message += "; --no-compile goes without torch.compile" if compiler else ""
+    # sys.stderr may be a wrapper of torch.distributed, whose text is lost on sys.exit.
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.__stderr__, flush=True)
     sys.exit(2)
 
 def start_script(doc):
     """-> an ArgumentParser with one-line errors. show_error gets all other errors of the script."""
     sys.excepthook = show_error
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has not
-            stream.reconfigure(errors="replace", line_buffering=True)  # a log gets lines at once
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stream lacks it
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a log gets lines at once
     return argparse.ArgumentParser(description=doc.partition("\n")[0], usage=argparse.SUPPRESS,
                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                    allow_abbrev=False)
 
-def number(kind, low, high=math.inf):
-    """A type for argparse: an int or float from low to high, so never nan."""
+def number(kind, low, high=sys.float_info.max):
+    """A type for argparse: an int or float from low to high, so never nan or infinite."""
     def check(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
@@ -428,8 +426,8 @@ def number(kind, low, high=math.inf):
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 def choose_device(device, dtype):
-    """--device and --dtype -> torch.device, torch.dtype. auto takes bfloat16 where the hardware has
-    it: float32's range with 8 bits of precision, not 24. Older GPUs have float16: 11 bits."""
+    """--device and --dtype -> torch.device, torch.dtype. auto is bfloat16 where a CPU or NVIDIA GPU
+    has it: float32's range, but 8 bits of precision instead of 24. Older GPUs have float16."""
     if device == "auto":
         found = torch.accelerator.is_available()  # cuda, mps or xpu
         device = torch.accelerator.current_accelerator() if found else "cpu"

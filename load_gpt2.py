@@ -6,13 +6,12 @@
 
 The first two write models/gpt2-124M.pt or models/FOLDER.pt, for sample.py and train.py --init_from.
 TensorFlow's Saver wrote OpenAI's variables one after the other, sorted by name, without gaps. Their
-names and shapes follow from hparams.json. The file's size shows if one is missing or left over.
+names and shapes follow from hparams.json. The file's size shows if one is missing or too many.
 """
 import argparse
 import glob
 import http.client
 import json
-import math
 import os
 import re
 import shutil
@@ -25,8 +24,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gpt import (DATA_DIR, GPT, GPTConfig, explain, load_checkpoint, require, require_vocabulary,
-                 save_checkpoint, start_script, with_weights)
+from gpt import (DATA_DIR, GPT, GPTConfig, explain, load_checkpoint, require, save_checkpoint,
+                 start_script, with_weights)
 
 SIZES = ("124M", "355M", "774M", "1558M")
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
@@ -46,9 +45,9 @@ def openai_name(name):
     return path.replace("/weight", "/g" if "ln_" in path else "/w")
 
 def transposed(name, weight):
-    """A weight as OpenAI and Hugging Face hold it, w as [in, out], to ours, [out, in], or back.
-    If this is forgotten the shapes do not fit, except for attn/c_proj, which is square: there the
-    model runs, and only a bad --score shows the mistake."""
+    """Turns a linear layer's weight, [in, out] at OpenAI and Hugging Face, into ours, [out, in], or
+    back. If this is forgotten the shapes do not fit, but for attn/c_proj, which is square: there
+    the model runs, and writes nonsense with a bad --score."""
     return (weight.T if openai_name(name).endswith("/w") else weight).contiguous()
 
 def read_json(path):
@@ -71,46 +70,23 @@ def read_openai(folder):
     config = config_from(os.path.join(folder, HPARAMS), vocab_size="n_vocab", block_size="n_ctx",
                          n_layer="n_layer", n_head="n_head", n_embd="n_embd")
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
+        shapes = {name: transposed(name, p).shape for name, p in GPT(config).named_parameters()}
     path = os.path.join(folder, DATA)
-    total = 4 * sum(map(math.prod, shapes.values()))
+    total = 4 * sum(shape.numel() for shape in shapes.values())
     have = os.path.getsize(path) if os.path.exists(path) else 0
     require(have == total, f"{path} has {have:,} bytes; the float32 variables of a model as in "
             f"{HPARAMS}, all in one file and without others, have {total:,}")
     weights = {}
     with open(path, "rb") as file:
         for name in sorted(shapes, key=openai_name):  # as text: h10 comes before h2
-            shape = shapes[name][::-1] if openai_name(name).endswith("/w") else shapes[name]
-            array = np.fromfile(file, "<f4", math.prod(shape)).reshape(shape)
-            weights[name] = torch.from_numpy(array)
+            array = np.fromfile(file, "<f4", shapes[name].numel())
+            weights[name] = torch.from_numpy(array).view(shapes[name])
     return config, weights
 
-def read_hugging_face(folder):
-    """-> what read_openai returns."""
-    path = os.path.join(folder, "config.json")
-    config = config_from(path, **HUGGING_FACE)
-    for name, allowed in {"model_type": ("gpt2",), "add_cross_attention": (False,),
-                          "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-                          "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,),
-                          "scale_attn_by_inverse_layer_idx": (False,)}.items():
-        value = read_json(path).get(name, allowed[0])
-        require(value in allowed, f"{path}: {name} is {value!r}, and GPT-2's is {allowed[0]!r}")
-    require_tokenizer(folder)
-    files = sorted(glob.glob(os.path.join(glob.escape(folder), "model*.safetensors")))
-    require(files, f"{folder} has no model.safetensors; transformers makes one of pytorch_model.bin"
-            ": GPT2LMHeadModel.from_pretrained(FOLDER).save_pretrained(NEW)")
-    weights = {}
-    for file in files:
-        with explain(f"{file} could not be read: get it again", SafetensorError, OSError):
-            weights |= load_file(file)
-    # Older files hold the causal masks too.
-    weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()
-               if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-    head = weights.pop("lm_head.weight", None)
-    if head is not None:  # wte.weight again, or, in some files, instead of it
-        wte = weights.setdefault("wte.weight", head)
-        require(torch.equal(head, wte), f"{folder}: lm_head.weight is not wte.weight, as in GPT-2")
-    return config, weights
+def merges(path):
+    """The lines of a file such as vocab.bpe that join two tokens: all but the first."""
+    with open(path, encoding="utf-8") as file:
+        return file.read().splitlines()[1:]
 
 def require_tokenizer(folder):
     """Refuses a folder whose tokenizer is not GPT-2's. There are others with as many tokens, and a
@@ -126,10 +102,32 @@ def require_tokenizer(folder):
                     found = found["model"]["vocab"]
                 require(found == expected, "it has other tokens")
 
-def merges(path):
-    """The lines of a file such as vocab.bpe that join two tokens: all but the first."""
-    with open(path, encoding="utf-8") as file:
-        return file.read().splitlines()[1:]
+def read_hugging_face(folder):
+    """Returns what read_openai returns."""
+    path = os.path.join(folder, "config.json")
+    config = config_from(path, **HUGGING_FACE)
+    content = read_json(path)
+    for name, allowed in {"model_type": ("gpt2",), "add_cross_attention": (False,),
+                          "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+                          "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,),
+                          "scale_attn_by_inverse_layer_idx": (False,)}.items():
+        value = content.get(name, allowed[0])  # what is absent is as in GPT-2
+        require(value in allowed, f"{path}: {name} is {value!r}, and GPT-2's is {allowed[0]!r}")
+    require_tokenizer(folder)
+    files = sorted(glob.glob(os.path.join(glob.escape(folder), "model*.safetensors")))
+    require(files, f"{folder}: no model.safetensors; save_pretrained makes it of pytorch_model.bin")
+    weights = {}
+    for file in files:
+        with explain(f"{file} could not be read: get it again", SafetensorError, OSError):
+            weights |= load_file(file)
+    # Older files hold the causal masks too.
+    weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()
+               if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    head = weights.pop("lm_head.weight", None)
+    if head is not None:  # it is wte.weight again, or stands for it
+        wte = weights.setdefault("wte.weight", head)
+        require(torch.equal(head, wte), f"{folder}: lm_head.weight must equal wte.weight")
+    return config, weights
 
 def load_gpt2(folder):
     """A folder of OpenAI's or Hugging Face's files -> GPT, float32, on the CPU. Raises InputError
@@ -140,18 +138,8 @@ def load_gpt2(folder):
     config, weights = read_openai(folder) if HPARAMS in files else read_hugging_face(folder)
     for name in weights:  # one at a time: there is never a second copy of all
         weights[name] = transposed(name, weights[name].float())
-    with explain(folder, RuntimeError):
+    with explain(f"{folder} does not have the weights of GPT-2", RuntimeError):
         return with_weights(config, weights).eval()
-
-def download(size, folder):
-    """Fetches OpenAI's files of that size into folder, but for those that are there."""
-    os.makedirs(folder, exist_ok=True)
-    for name in (HPARAMS, DATA):
-        path = os.path.join(folder, name)
-        cure = f"{URL}/{size}/{name} failed: try again, or put it into {folder} by hand"
-        with explain(cure, OSError, http.client.HTTPException):
-            if not os.path.exists(path):
-                fetch(f"{URL}/{size}/{name}", path)
 
 def fetch(url, path):
     """Downloads url to path.part, from where an earlier try stopped, and renames it at the end."""
@@ -173,7 +161,18 @@ def fetch(url, path):
             raise OSError(f"{file.tell()} of {total} bytes came; {path}.part has them")
     os.replace(path + ".part", path)
 
-LAYERS = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")  # of a block
+def download(size, folder):
+    """Fetches OpenAI's files of that size into folder, but for those that are there."""
+    os.makedirs(folder, exist_ok=True)
+    for name in (HPARAMS, DATA):
+        path = os.path.join(folder, name)
+        message = f"{URL}/{size}/{name} failed: try again, or put it into {folder} by hand"
+        with explain(message, OSError, http.client.HTTPException):
+            if not os.path.exists(path):
+                fetch(f"{URL}/{size}/{name}", path)
+
+# The layers of a block.
+LAYERS = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
 
 def export(path, folder):
     """Writes the checkpoint at path as a new folder, which is removed again if that fails. Beside
@@ -182,15 +181,17 @@ def export(path, folder):
     require(not os.path.exists(folder), f"{folder} exists: name a new folder")
     model, _ = load_checkpoint(path, verify=True)
     config = model.config
-    require_vocabulary(config, path)
     tensors = {name: transposed(name, weight) for name, weight in model.state_dict().items()}
     layers = ["ln_f", *(f"h.{i}.{name}" for i in range(config.n_layer) for name in LAYERS)]
     known = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
     known |= {"wte.weight", "wpe.weight", "dropout", *HUGGING_FACE}
-    others = sorted(known ^ (tensors.keys() | asdict(config).keys()))
+    found = tensors.keys() | asdict(config).keys()
+    others = sorted(found - known) + [f"no {name}" for name in sorted(known - found)]
     require(not others, f"{path}: the export knows GPT-2 alone: {', '.join(others)}")
+    require(config.vocab_size == 50257, f"{path}: the export knows only GPT-2's tokenizer")
 
-    contents = {name: read_json(os.path.join(EXPORT_DIR, name)) for name in os.listdir(EXPORT_DIR)}
+    contents = {name: read_json(os.path.join(EXPORT_DIR, name)) for name in os.listdir(EXPORT_DIR)
+                if name.endswith(".json")}
     sizes = {theirs: getattr(config, ours) for ours, theirs in HUGGING_FACE.items()}
     dropouts = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
     contents["config.json"] |= sizes | dropouts | {"n_ctx": config.block_size}
@@ -207,7 +208,7 @@ def export(path, folder):
             shutil.copyfile(VOCAB_PATH, os.path.join(folder, "merges.txt"))
             weights = os.path.join(folder, "model.safetensors")
             save_file(tensors, weights, metadata={"format": "pt"})
-            shutil.copymode(os.path.join(folder, "config.json"), weights)  # not the owner's alone
+            shutil.copymode(os.path.join(folder, "config.json"), weights)  # safetensors' is 0600
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -236,7 +237,8 @@ if __name__ == "__main__":
     if to_fetch:
         download(args.source, folder)
     model = load_gpt2(folder)
-    require_vocabulary(model.config, folder)
+    V = model.config.vocab_size
+    require(V == GPTConfig.vocab_size, f"{folder} has {V} tokens, GPT-2 has {GPTConfig.vocab_size}")
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     save_checkpoint(out, model, step=0)
     print(f"wrote {out}; try: python sample.py --checkpoint={out}")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from gpt import (DTYPES, END_OF_TEXT, beam_search, center_logits, choose_device, decode_utf8,
                  encode, explain, generate, get_tokenizer, load_checkpoint, number, require,
-                 require_vocabulary, start_script)
+                 start_script)
 
 @torch.inference_mode()
 def score(model, ids):
@@ -24,15 +24,15 @@ def score(model, ids):
     so each token after the first window is predicted from at least half a window before it."""
     T = model.config.block_size
     n = len(ids) - 1
-    end = 0  # how many tokens are scored
+    done = 0  # how many tokens are scored
     total = 0.0
-    while end < n:
-        scored = end
-        start = max(0, scored - T // 2)
+    while done < n:
+        start = max(0, done - T // 2)
         end = min(start + T, n)
-        logits = model(ids[None, start:end])[0, scored - start :].float()  # (end - scored, V)
-        total += F.cross_entropy(logits, ids[scored + 1 : end + 1], reduction="sum").item()
-        print(f"{end:,} of {n:,} tokens", end="\r", file=sys.stderr)
+        logits = model(ids[None, start:end])[0, done - start :].float()  # (end - done, V)
+        total += F.cross_entropy(logits, ids[done + 1 : end + 1], reduction="sum").item()
+        done = end
+        print(f"{done:,} of {n:,} tokens", end="\r", file=sys.stderr)
     print(file=sys.stderr)
     return total / n
 
@@ -67,20 +67,20 @@ if source == "-" or source.startswith("FILE:"):
     path = os.path.expanduser(source.removeprefix("FILE:"))
     with open(0 if path == "-" else path, "rb") as file:  # 0 is standard input
         text = decode_utf8(file.read(), path)
-    text = text if "score" in args else text.removesuffix("\n")
-with explain(f"{source[:50]!r} cannot be encoded", ValueError):  # a million spaces in a row
+    if "score" not in args:  # editors end a file with \n, and a prompt should end in a word
+        text = text.removesuffix("\n")
+with explain(f"{source[:50]!r} cannot be encoded", ValueError):  # it may have a million spaces
     ids = encode(text)
 
 # Training needs float32 weights, because it adds up many small steps. Here 16 bits are enough.
 device, dtype = choose_device(args.device, args.dtype)
 model, state = load_checkpoint(args.checkpoint)
-require_vocabulary(model.config, args.checkpoint)
 center_logits(model)
 model.to(device, dtype)
 require(all(weight.isfinite().all() for weight in model.parameters()),
         f"{args.checkpoint} has weights that are not finite in {dtype}")
-loss = f"validation loss {state['val_loss']:.4f}, " if state.get("val_loss") else ""
-print(f"{args.checkpoint}: step {state.get('step')}, {loss}{device}, {dtype}", file=sys.stderr)
+known = f"validation loss {state['val_loss']:.4f}, " if state.get("val_loss") else ""
+print(f"{args.checkpoint}: step {state.get('step')}, {known}{device}, {dtype}", file=sys.stderr)
 
 if "score" in args:
     require(len(ids) > 1, f"--score={args.score}: {len(ids)} token(s), and two are needed")
@@ -91,13 +91,10 @@ if "score" in args:
           f"perplexity {math.exp(min(loss, 700)):.2f}, {bits:.4f} bits a byte")
     sys.exit()
 
-if text[-1:].isspace():  # GPT-2's words begin with a space, and few tokens fit after another
+if text[-1:].isspace():  # GPT-2's words bring their own space; after one more, few tokens fit
     print("warning: the prompt ends in white space, and the text may derail", file=sys.stderr)
 limit = model.config.block_size
-if args.num_beams:
-    require(len(ids) + args.max_new_tokens <= limit,
-            f"beam search: {len(ids)} + {args.max_new_tokens} tokens exceed block_size={limit}")
-elif len(ids) > limit:
+if len(ids) > limit:
     print(f"warning: of the prompt's {len(ids)} tokens, the last {limit} are used", file=sys.stderr)
 # In GPT-2's training <|endoftext|> stood before a document, so it stands for an empty prompt.
 idx = torch.tensor([ids or [END_OF_TEXT]], device=device).expand(args.num_samples, -1)  # (B, T)
@@ -106,7 +103,7 @@ tokenizer = get_tokenizer()
 texts = [[] for _ in range(args.num_samples)]  # the token ids of each text
 
 def show(probs, ids, token):
-    """Prints the candidates for the first text's next place. Each argument has a row a text."""
+    """Prints the candidates of the first text. Each argument has one row per text."""
     line = []
     drawn = token[0].item()
     for i, p in zip(ids[0].tolist(), probs[0].tolist()):
@@ -138,7 +135,7 @@ for column in tokens:  # (B,), one token of each text
 print(decoder.decode(b"", final=True))
 seconds = time.perf_counter() - start
 count = sum(map(len, texts))
-for tokens in texts[1:]:
+for ids in texts[1:]:
     print("-" * 80)
-    print(text + tokenizer.decode([token for token in tokens if token != stop_token]))
+    print(text + tokenizer.decode([token for token in ids if token != stop_token]))
 print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)

@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from gpt import (DATA_DIR, DTYPES, END_OF_TEXT, GPT, GPTConfig, center_logits, choose_device,
                  decode_utf8, encode, explain, generate, get_tokenizer, load_checkpoint, number,
-                 one_line, require, require_vocabulary, save_checkpoint, start_script, whole_file,
+                 one_line, require, save_checkpoint, start_script, whole_file,
                  with_weights)
 
 STORY = os.path.join(DATA_DIR, "story.txt")
@@ -41,19 +41,19 @@ PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
 RANK = int(os.environ.get("RANK", 0)) if PROCESSES > 1 else 0
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if PROCESSES > 1 else 0
 
-def say(*words, stream="stdout", **options):
+def say(*words, **options):
     """print, on process 0. If the terminal or pipe has gone away, training goes on in silence."""
     if RANK == 0:
         try:
-            print(*words, file=getattr(sys, stream), **options)
+            print(*words, **options)
         except OSError:
-            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 # ---- Flags ---------------------------------------------------------------------------------------
 def flags():
-    """The command line's parser. A flag that nanoGPT has too is named as there."""
+    """The command line's parser. Most flags have the names that nanoGPT gave them."""
     parser = start_script(__doc__)
-    path = os.path.expanduser
+    path = os.path.expanduser  # ~ is the home folder
     count = number(int, 1)
     unset = argparse.SUPPRESS  # such a flag is absent from args unless it was typed
     flag = parser.add_argument_group("what to read and write").add_argument
@@ -93,7 +93,7 @@ def flags():
     flag("--compile", action=argparse.BooleanOptionalAction, default=unset, help="default: on cuda")
     return parser
 
-# What --resume may change. Another batch_size changes which numbers dropout drops.
+# What --resume may change, batch_size only if windows_per_step stays: dropout then drops others.
 MAY_CHANGE = ("data", "val_data", "out_dir", "resume", "max_iters", "lr_decay_iters", "batch_size",
               "gradient_accumulation_steps", "eval_interval", "eval_windows", "log_interval",
               "start", "device", "dtype", "compile")
@@ -107,10 +107,9 @@ def starting_point(parser, args, ckpt_path):
     source = ckpt_path if args.resume else vars(args).get("init_from")
     if source:
         model, state = load_checkpoint(source, verify=True)
-        require_vocabulary(model.config, source)
     if args.resume:
         require("val_data" in state, f"{source} has no run to go on: start one with --init_from")
-        saved = state["args"] | {"out_dir": args.out_dir}
+        saved = state["args"] | asdict(model.config) | {"out_dir": args.out_dir}  # it may move
     elif source:
         state = {}
         saved = asdict(model.config)
@@ -149,8 +148,8 @@ def starting_point(parser, args, ckpt_path):
 
 # ---- Text to tokens ------------------------------------------------------------------------------
 def read_text(files):
-    """Yields the text of the files in parts, which have together the ids of the whole: a part ends
-    before white space, and no token has white space after a visible character."""
+    """Yields the text of the files in parts whose ids, joined, are those of the whole: a part ends
+    before white space, and no token goes from a visible character on into white space."""
     rest = ""
     for name in files:
         if name != files[0]:
@@ -174,45 +173,42 @@ def write_tokens(path, kept, expected_hash):
         names = sorted(os.listdir(path))
         files = [os.path.join(path, name) for name in names if name.lower().endswith(".txt")]
     texts = read_text(files)
-    characters = 0
     sha = hashlib.sha256()
     with whole_file(kept) as file:
-        while group := list(itertools.islice(texts, 16)):  # tiktoken encodes 16 in parallel
+        while group := list(itertools.islice(texts, 16)):  # 8 threads encode these parts
             for ids in get_tokenizer().encode_batch(group, allowed_special="all"):
                 tokens = np.array(ids, dtype=np.uint16)
                 sha.update(tokens)
                 file.write(tokens)
-            characters += sum(map(len, group))
-            say(f"{path}: {len(files)} file(s), {characters:,} characters, {file.tell() // 2:,} "
-                "tokens", end="\r")
+            say(f"{path}: {len(files)} file(s), {file.tell() // 2:,} tokens", end="\r")
         say()
-        require(characters > 0, f"{path}: there is no text in it")
+        require(file.tell() > 0, f"{path}: there is no text in it")
         require(expected_hash in (None, sha.hexdigest()), f"{path} is not the text of this run")
 
 def load_tokens(flag, args, state):
-    """--data or --val_data -> its tokens (n,) uint16, mapped from a file; their hash. Those of a
-    text are kept in out_dir: a run goes on with them, whatever became of the text."""
+    """--data or --val_data -> its tokens (n,) uint16, mapped from a file, and their hash. A text's
+    tokens are kept in out_dir: a run goes on with them, whatever became of the text."""
     path = getattr(args, flag)
     name = path
-    if not path.endswith(".bin"):  # nanoGPT's
+    if not path.endswith(".bin"):  # such a file has tokens already, as nanoGPT writes them
         name = os.path.join(args.out_dir, f"{flag}.bin")
-        same_run = LOCAL_RANK > 0 or state.get("args", {}).get(flag) == path
-        if not (same_run and os.path.exists(name)):
+        ready = LOCAL_RANK > 0 or state.get("args", {}).get(flag) == path
+        if not (ready and os.path.exists(name)):
             write_tokens(path, name, state.get(flag))
     with explain(f"{name} does not hold GPT-2's tokens as uint16", OSError, ValueError):
         tokens = np.memmap(name, dtype=np.uint16, mode="r")
         if name == path:
             require(tokens[:3].tobytes() != b"\x93NUMPY", "but a .npy file")
-            require(tokens[1:99:2].any(), "its integers are wider")  # their upper halves are 0
+            require(tokens[1:99:2].any(), "its integers are wider")  # and their upper halves are 0
             largest = tokens.max()
-            # Up to 255 they are single bytes, and any text has others.
+            # Ids up to 255 are single bytes. A text of more than a few words has others.
             require(255 < largest <= END_OF_TEXT, f"its largest id is {largest}, not 256 to 50256")
     return tokens, hashlib.sha256(tokens).hexdigest()
 
 # ---- Windows, schedule, step, evaluation ---------------------------------------------------------
 def windows_in(tokens, args, purpose):
-    """tokens (n,) -> a view of all their windows (n_windows, block_size + 1). Two neighbours share
-    one token: the last of a window is a target only."""
+    """tokens (n,) -> a view of all their windows (n_windows, block_size + 1), which it counts in a
+    printed line. Two neighbours share one token: the last of a window is a target only."""
     T = args.block_size
     windows = np.lib.stride_tricks.sliding_window_view(tokens, T + 1)[::T]
     say(f"{len(tokens):,} tokens to {purpose}: {len(windows):,} windows of {T}, of which "
@@ -224,10 +220,10 @@ def shuffled(n_windows, seed, epoch):
     """The order in which an epoch, one pass over the text, reads the windows."""
     return np.random.default_rng((seed, epoch)).permutation(n_windows)
 
-def batch_of(step, micro, args, n_windows):
-    """The numbers of the batch_size windows in a micro-batch. They follow from args, step and micro
-    alone: a resumed run reads what it would have read. An epoch reads each window once, in an order
-    of its own; windows drawn independently would leave some out."""
+def window_numbers(step, micro, args, n_windows):
+    """The numbers of the batch_size windows of micro-batch `micro` of a step. They follow from the
+    arguments alone: a resumed run reads what it would have read. An epoch reads each window once,
+    in an order of its own. Windows drawn independently would leave some out."""
     first = step * args.windows_per_step + micro * args.batch_size  # windows read before these
     return [shuffled(n_windows, args.seed, i // n_windows)[i % n_windows]
             for i in range(first, first + args.batch_size)]
@@ -261,7 +257,7 @@ def train_step(step, model, windows, optimizer, scaler, args):
         torch.manual_seed(int(np.random.default_rng((args.seed, step, micro)).integers(2**63)))
         if PROCESSES > 1:  # gradients of micro-batches add up; DDP exchanges them with the last
             model.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
-        batch = windows[batch_of(step, micro, args, len(windows))]  # (B, T + 1)
+        batch = windows[window_numbers(step, micro, args, len(windows))]  # (B, T + 1)
         # Means, divided by their number, add up to the mean of one large batch.
         micro_loss = loss_on(batch, model, args) / args.gradient_accumulation_steps
         scaler.scale(micro_loss).backward()
@@ -310,7 +306,7 @@ def stop_unless_finite(row, saved_at, scaler, args):
     """Ends the script with status 1 if a number of row is infinite or nan, and says how to start
     again."""
     names = [name for name, value in row.items() if not math.isfinite(value)]
-    # When float16 overflows, the scaler skips the step and halves its factor, down to 1.
+    # When float16 overflows, the scaler skips the step and halves its factor. Below 1 that is over.
     if not names or (names == ["grad_norm"] and scaler.is_enabled() and scaler.get_scale() >= 1):
         return
     lower = f"--learning_rate={args.learning_rate / 4:.1e}"
@@ -320,14 +316,15 @@ def stop_unless_finite(row, saved_at, scaler, args):
         flags = (f"--init_from={path}", f"--data={args.data}", f"--val_data={args.val_data}",
                  f"--block_size={args.block_size}", lower, "--out_dir=NEW")
         cure = f"{path} still has step {saved_at}: python train.py {shlex.join(flags)}"
-    say(f"train.py: error: {names[0]} is {row[names[0]]} at step {row['iter']} (learning rate "
-        f"{row.get('lr', 0):.1e}, {args.dtype}). {cure}", stream="stderr")
+    if RANK == 0:
+        print(f"train.py: error: {names[0]} is {row[names[0]]} at step {row['iter']} (learning "
+              f"rate {row.get('lr', 0):.1e}, {args.dtype}). {cure}", file=sys.__stderr__)
     sys.exit(1)
 
 def show_sample(model, args):
     """Prints 40 tokens that the model writes after --start."""
-    device = next(model.parameters()).device
-    prompt = torch.tensor([encode(args.start) or [END_OF_TEXT]], device=device)
+    ids = encode(args.start) or [END_OF_TEXT]
+    prompt = torch.tensor([ids], device=model.wte.weight.device)
     tokens = generate(model, prompt, 40, temperature=0.8, top_k=50,
                       generator=torch.Generator().manual_seed(args.seed))
     text = get_tokenizer().decode([token.item() for token in tokens])
@@ -349,7 +346,7 @@ def plot(log, tokens_per_step, path):
         axes.twiny().set(xlim=np.multiply(axes.get_xlim(), tokens_per_step), xlabel="tokens seen")
         figure.savefig(path, dpi=110)
     except Exception as error:  # a picture is not worth a run
-        say(f"warning: no {path}: {one_line(error)}", stream="stderr")
+        say(f"warning: no {path}: {one_line(error)}")
 
 # ---- The system ----------------------------------------------------------------------------------
 def lock_folder(folder):
@@ -385,13 +382,13 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 def peak_memory(device):
-    """The most memory that this process has held, in GB: the GPU's if there is one."""
+    """The most memory that this process has held, in GB: on cuda the GPU's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if os.name == "nt":
         return math.nan
     import resource  # Windows has none
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 # ---- The script ----------------------------------------------------------------------------------
@@ -402,7 +399,7 @@ if __name__ == "__main__":
         os.path.join(args.out_dir, name) for name in ("ckpt.pt", "best.pt", "log.csv", "loss.png"))
     require(not args.resume or os.path.exists(ckpt_path), f"--resume: {ckpt_path} is not there")
     if RANK == 0:
-        lock = lock_folder(args.out_dir)
+        lock = lock_folder(args.out_dir)  # held as long as the name lives
     require(args.resume or not os.path.exists(ckpt_path),
             f"{ckpt_path} holds a run: give --resume, another --out_dir, or delete it")
     args, model, state = starting_point(parser, args, ckpt_path)
@@ -416,23 +413,23 @@ if __name__ == "__main__":
     keep_freed_memory()
     model.to(device)
 
-    # The first process of each machine makes the tokens files, and the others find them.
+    # The first process of each machine makes the tokens files. The others wait at one barrier.
     if PROCESSES > 1:
         with explain("WORLD_SIZE is set, but not by torchrun, which starts processes", ValueError):
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                     timeout=datetime.timedelta(hours=12))  # to tokenize a long text
     if LOCAL_RANK > 0:
         dist.barrier()
-    tokens, data = load_tokens("data", args, state)  # data: a hash, to check a resumed run
+    tokens, data_hash = load_tokens("data", args, state)
     train_tokens, val_tokens = np.split(tokens, [len(tokens) * 9 // 10])
-    val_data = ""
+    val_hash = ""
     if args.val_data:
         train_tokens = tokens
-        val_tokens, val_data = load_tokens("val_data", args, state)
+        val_tokens, val_hash = load_tokens("val_data", args, state)
     if PROCESSES > 1 and LOCAL_RANK == 0:
         dist.barrier()
-    require(not state or [state["data"], state["val_data"]] == [data, val_data],
-            f"--data is not the text of this run, or {args.out_dir}/*.bin is damaged: delete it")
+    require(not state or [state["data"], state["val_data"]] == [data_hash, val_hash],
+            f"a text is not that of this run, or a .bin in {args.out_dir} is damaged: delete it")
     largest = min(len(train_tokens), len(val_tokens)) - 1  # the last token is a target only
     cure = f"the largest --block_size is {largest}" if largest > 0 else "more text is needed"
     require(largest >= args.block_size, f"--data={args.data} is too short: {len(train_tokens)} "
@@ -475,14 +472,13 @@ if __name__ == "__main__":
             log_csv.writerows(log)
     if args.warmup_iters >= args.lr_decay_iters > step:
         say("the warm-up is not shorter than lr_decay_iters: the learning rate will fall at once")
-    blind = math.log(model.config.vocab_size)
-    say(f"a blind guess costs a loss of ln({model.config.vocab_size}) = {blind:.4f}")
+    say(f"a blind guess costs a loss of {math.log(model.config.vocab_size):.4f}, ln(vocab_size)")
 
     caught = catch_signals()
     stop = False
     row = {"iter": 0, "tokens": 0}  # the log's row of the last step; the loop's end fills it
     while True:
-        # `step` steps are done. The step that was loaded from ckpt.pt is not evaluated again.
+        # `step` steps are done. The step that was loaded from ckpt.pt is in the log already.
         due = step > saved_at
         evaluating = due and (step % args.eval_interval == 0 or step == args.max_iters)
         model.eval()  # no dropout
@@ -501,8 +497,9 @@ if __name__ == "__main__":
             if evaluating or stop:
                 # AdamW keeps two averages for each weight: this file is three times as large.
                 save_checkpoint(ckpt_path, model, optimizer=optimizer.state_dict(), log=log,
-                                best=best, scaler=scaler.state_dict(), args=vars(args), data=data,
-                                val_data=val_data, step=step, val_loss=row.get("val_loss"))
+                                scaler=scaler.state_dict(), args=vars(args), data=data_hash,
+                                val_data=val_hash, best=best, step=step,
+                                val_loss=row.get("val_loss"))
                 saved_at = step
             if evaluating:
                 plot(log, tokens_per_step, plot_path)
@@ -530,6 +527,6 @@ if __name__ == "__main__":
     say(f"{best_path} has the best validation loss, {best['val_loss']:.4f} at step {best['step']}")
     say(f"see {plot_path}; peak memory {peak_memory(device):.1f} GB")
     if best["step"] == 0 < step:
-        say("no step made the validation loss lower than it was at the beginning")
+        say("no evaluation was better than the first")
     else:
-        say(f'next: python sample.py --checkpoint={best_path} --start "{args.start}"')
+        say(f"next: python sample.py --checkpoint={best_path} --start {shlex.quote(args.start)}")
