@@ -1,7 +1,7 @@
 """The tests: `pytest test_gpt.py`. No network, no GPU; four minutes on two cores."""
 import argparse
-import copy
 import csv
+import dataclasses
 import gc
 import http.server
 import io
@@ -10,7 +10,6 @@ import json
 import math
 import os
 import pathlib
-import random
 import re
 import runpy
 import shlex
@@ -20,7 +19,6 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 
 import numpy as np
 import pytest
@@ -34,6 +32,7 @@ from gpt import GPT, GPTConfig, InputError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TF = pathlib.Path(HERE, "data", "tf")
+STORY = pathlib.Path(train.STORY).read_text("utf-8")
 SMALL = ("--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=32", "--device=cpu",
          "--dtype=float32")
 RUN = (*SMALL, "--eval_windows=7", "--log_interval=1", "--warmup_iters=3")
@@ -45,8 +44,7 @@ for number in SIGNALS:  # `pytest &` in a script ignores SIGINT, and nohup SIGHU
 posix = pytest.mark.skipif(os.name == "nt", reason="signals, links and modes differ there")
 
 @pytest.fixture(autouse=True)
-def seeds():
-    random.seed(0)
+def seed():
     torch.manual_seed(0)
 
 def start(script, *flags, before=(), **options):
@@ -81,18 +79,16 @@ def main(script, *flags, status=0):
 def train_in(folder, flags, **status):
     """main of train.py with a folder for what it writes, as small as the other runs here."""
     base = () if re.search("--resume|--init_from", flags) else RUN
-    main("train.py", *base, *shlex.split(flags), f"--out_dir={folder}", **status)
+    main("train.py", *base, f"--out_dir={folder}", *shlex.split(flags), **status)
 
-def refused(words, call, *arguments, **options):
-    with pytest.raises(InputError, match=words) as caught:
+def refused(words, call, *arguments, error=InputError, **options):
+    with pytest.raises(error, match=words) as caught:
         call(*arguments, **options)
     assert "\n" not in str(caught.value)
 
-def wait_for(condition):
-    started = time.time()
-    while not condition():
-        assert time.time() < started + 60
-        time.sleep(0.05)
+def asserted(words, call, *arguments, **options):
+    """An assert speaks to whoever changes the program, and refused to its user."""
+    refused(words, call, *arguments, error=AssertionError, **options)
 
 def column(folder, name):
     with open(os.path.join(folder, "log.csv"), encoding="utf-8", newline="") as file:
@@ -157,17 +153,10 @@ def oracle(weights, n_head, tokens):
     return norm(x, "ln_f") @ weights["wte"].T
 
 def openai_weights(model):
-    """Our parameters under OpenAI's names and in their layout."""
-    weights = {}
-    for name, parameter in model.named_parameters():
-        path, value = re.sub(r"^h\.", "h", name).replace(".", "/"), parameter.detach().numpy()
-        if "ln_" in path or "bias" in path:
-            weights[path.replace("/weight", "/g").replace("/bias", "/b")] = value
-        elif path.startswith("w"):
-            weights[path.removesuffix("/weight")] = value
-        else:
-            weights[path.replace("/weight", "/w")] = value.T[None]
-    return weights
+    """Our parameters under OpenAI's names and in their layout: w is (1, in, out)."""
+    weights = {load_gpt2.openai_name(name): parameter.detach().numpy()
+               for name, parameter in model.named_parameters()}
+    return {name: w.T[None] if name.endswith("/w") else w for name, w in weights.items()}
 
 def oracles(model, idx, targets):
     """idx and targets (B, T) -> logits (B, T, V) and loss."""
@@ -177,8 +166,9 @@ def oracles(model, idx, targets):
     return logits, -np.take_along_axis(log_probs, targets.numpy()[..., None], -1).mean()
 
 # ---- The model ---------------------------------------------------------------------------------
-def test_logits_and_loss_equal_the_oracles():
-    model, (idx, targets) = tiny(), torch.randint(61, (2, 3, 16))
+@pytest.mark.parametrize("dropout", (0.0, 1e-9))  # drops none, yet takes another path on a CPU
+def test_logits_and_loss_equal_the_oracles(dropout):
+    model, (idx, targets) = tiny(dropout=dropout).train(), torch.randint(61, (2, 3, 16))
     logits, loss = oracles(model, idx, targets)
     np.testing.assert_allclose(model(idx).numpy(), logits, rtol=0, atol=1e-5)
     assert model(idx, targets).item() == pytest.approx(loss, abs=1e-5)
@@ -187,7 +177,7 @@ def test_gradients_equal_the_slopes_of_the_oracles_loss():
     model = tiny().double().requires_grad_()
     idx, targets = torch.randint(50, (2, 2, 9))  # tokens from 50 on are only in the output layer
     model(idx, targets).backward()
-    places = [(name, tuple(random.randrange(n) for n in parameter.shape))
+    places = [(name, tuple(torch.randint(n, ()).item() for n in parameter.shape))
               for name, parameter in model.named_parameters() for _ in range(2)]
     for name, place in places + [("wte.weight", (token, 3)) for token in (idx[0, 0].item(), 55)]:
         parameter, losses = model.get_parameter(name), []
@@ -212,42 +202,31 @@ def test_size_initialisation_and_first_loss():
     assert model(idx, idx.roll(1)).item() == pytest.approx(math.log(50257), abs=0.1)
 
 def test_a_module_keeps_weights_that_it_set_itself(monkeypatch):
-    class MLP(gpt.MLP):  # as LoRA does
-        def __init__(self, config):
-            super().__init__(config)
-            torch.nn.init.zeros_(self.c_proj.weight)
-
-    monkeypatch.setattr(gpt, "MLP", MLP)
-    assert not any(block.mlp.c_proj.weight.any() for block in GPT(GPTConfig(61, 16, 2, 3, 12)).h)
+    layer = torch.nn.Linear(9, 9)
+    torch.nn.init.zeros_(layer.weight)  # as LoRA does
+    monkeypatch.setattr(gpt, "MLP", lambda _: torch.nn.ModuleDict({"c_proj": layer}))
+    assert not GPT(GPTConfig(61, 16, 2, 3, 12)).h[1].mlp.c_proj.weight.any()
 
 def test_bfloat16_is_exact_where_logits_are_centered():
     """OpenAI's logits share an offset of about -100, where bfloat16 has steps of 0.5."""
+    def error():
+        half = gpt.with_weights(model.config, model.state_dict()).bfloat16()
+        return abs(half(idx, targets).item() - loss)
+
     model, idx = tiny(vocab_size=500, n_embd=48), torch.randint(500, (64, 16))
-    model.wte.weight *= 0.3
-    model.wpe.weight *= 0.3
     model.ln_f.bias.normal_(std=0.5)
     u = -100 * model.ln_f.bias / model.ln_f.bias.square().sum()
     model.wte.weight += u  # their sum stays
     model.wpe.weight -= u
-    logits = model(idx)
-    first, second = logits.topk(2).values.unbind(-1)
-    targets = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1).view(64, 16)
-    float32 = model(idx, targets).item()
-
-    def differences(half):
-        others = (half(idx).argmax(-1) != logits.argmax(-1)) & (first - second > 0.1)
-        return abs(half(idx, targets).item() - float32), others.sum().item()
-
-    loss, tokens = differences(copy.deepcopy(model).bfloat16())
-    assert loss > 0.005 and tokens > 100
+    targets = torch.multinomial(model(idx).softmax(-1).flatten(0, 1), 1).view(64, 16)
+    loss = model(idx, targets).item()
+    assert error() > 0.005
     gpt.center_logits(model)
-    assert model(idx, targets).item() == pytest.approx(float32, abs=1e-5)
-    loss, tokens = differences(copy.deepcopy(model).bfloat16())
-    assert loss < 0.002 and tokens == 0
+    assert model(idx, targets).item() == pytest.approx(loss, abs=1e-5)
+    assert error() < 0.002
 
 def test_dropout_has_the_right_share_and_mean_and_is_off_in_eval():
-    torch.manual_seed(0)
-    y = gpt.dropout(torch.ones(400, 501), 0.1, True)
+    y = gpt.dropout(torch.ones(400, 501), 0.1)
     assert (y == 0).float().mean().item() == pytest.approx(0.1, abs=0.003)
     assert y.mean().item() == pytest.approx(1, abs=0.003)
     assert y.unique().tolist() == pytest.approx([0, 1 / 0.9], rel=1e-4)
@@ -255,18 +234,6 @@ def test_dropout_has_the_right_share_and_mean_and_is_off_in_eval():
     assert not gpt.dropout(torch.ones(2**20), 1.0).any() and gpt.dropout(idx, 1.0, False) is idx
     assert torch.equal(model(idx), model(idx))
     assert not torch.equal(model.train()(idx), model(idx))
-
-def test_attention_written_out_equals_sdpa():
-    q, k, v = torch.randn(3, 2, 3, 9, 4)
-    for T in (9, 4, 1):  # fewer queries than keys, too
-        fused = gpt.attend(q[:, :, -T:], k, v, 0.0)
-        written_out = gpt.attend(q[:, :, -T:], k, v, 1e-9)  # drops none, yet takes the other path
-        torch.testing.assert_close(written_out, fused)
-
-def asserted(words, call, *arguments, **options):
-    """The assert speaks to whoever changes the program, not to its user."""
-    with pytest.raises(AssertionError, match=words):
-        call(*arguments, **options)
 
 def test_sizes_and_shapes_that_do_not_fit_are_asserted():
     model, (idx, targets) = tiny(), torch.randint(61, (2, 2, 16))
@@ -318,7 +285,7 @@ def test_seeds_modes_and_global_randomness():
     assert torch.equal(before, torch.get_rng_state())
     for choose in (generated, gpt.beam_search):  # dropout would spoil the text
         asserted("eval", choose, model.train(), idx, 1, 1)
-    asserted("sliding", gpt.beam_search, model.eval(), idx, 12, 2)
+    refused("5 . 12 tokens exceed block_size=16", gpt.beam_search, model.eval(), idx, 12, 2)
 
 def test_rows_stop_on_their_own():
     model, idx = tiny(), torch.randint(61, (4, 5))
@@ -350,23 +317,20 @@ def test_filters_against_probabilities_by_definition(temperature, top_k, top_p):
     for greedy in (0, 1e-320):
         assert gpt.candidates(logits[None], greedy)[1].tolist() == [[logits.argmax().item()]]
 
-def test_beam_search():
-    model, idx = tiny(vocab_size=5), torch.tensor([[1, 3]])
-
-    def mean_log_probability(tokens):
-        full = torch.cat((idx[0], torch.tensor(tokens)))[None]
-        log_probs = model(full).log_softmax(-1)[0]
-        return sum(log_probs[i + 1, t].item() for i, t in enumerate(tokens)) / len(tokens)
-
+def test_one_beam_is_greedy_and_wide_beams_find_the_best_of_all_sequences():
+    """A bound or a length that is off by one shows on some of the models."""
+    ids, idx = torch.cartesian_prod(*[torch.arange(4)] * 4), torch.tensor([[1, 3]])  # ids (256, 4)
+    whole = torch.cat((idx.expand(256, -1), ids), dim=1)
+    for seed, stop in itertools.product(range(40), (None, 2)):
+        model = tiny(seed, vocab_size=4, block_size=6)  # the six tokens just fit
+        log_probs = model(whole)[:, 1:-1].log_softmax(-1).gather(2, ids[:, :, None])[:, :, 0]
+        means = log_probs.cumsum(1) / torch.arange(1, 5)  # (256, 4), of the first 1, 2, 3, 4 tokens
+        ends = [row.index(stop) + 1 if stop in row else 4 for row in ids.tolist()]
+        best = means[torch.arange(256), torch.tensor(ends) - 1].argmax()
+        found = gpt.beam_search(model, idx, 4, 64, stop_token=stop)
+        assert found.tolist() == ids[best, : ends[best]].tolist(), (seed, stop)
     greedy = generated(model, idx, 4, temperature=0)[0]
-    assert gpt.beam_search(model, idx, 4, 1).tolist() == greedy.tolist()
-    best = max(itertools.product(range(5), repeat=4), key=mean_log_probability)
-    assert gpt.beam_search(model, idx, 4, 5**3).tolist() == list(best)
-    # with a stop token a sequence ends where it first appears
-    ended = [s for n in range(1, 5) for s in itertools.product(range(5), repeat=n)
-             if 2 not in s[:-1] and (n == 4 or s[-1] == 2)]
-    best = max(ended, key=mean_log_probability)
-    assert gpt.beam_search(model, idx, 4, 5**3, stop_token=2).tolist() == list(best)
+    assert torch.equal(gpt.beam_search(model, idx, 4, 1), greedy)
 
 def test_tokenizer():
     assert gpt.encode("Every effort moves you") == [6109, 3626, 6100, 345]
@@ -384,53 +348,54 @@ def run(tmp_path_factory):
     out, _ = end(start("train.py", *RUN, "--max_iters=10", "--eval_interval=5", cwd=folder))
     return folder / "out", out
 
-def test_what_a_run_prints_and_leaves(run):
+@pytest.fixture
+def sample(run, capsys):
+    """Runs sample.py on the run's model; returns what it printed on (standard output, error)."""
+    def call(*flags):
+        capsys.readouterr()
+        main("sample.py", f"--checkpoint={run[0] / 'ckpt.pt'}", "--device=cpu", *flags)
+        return capsys.readouterr()
+    return call
+
+def test_what_a_run_prints_and_logs_and_leaves(run):
     folder, out = run
-    assert set(os.listdir(folder)) == {"lock", "data.bin", "ckpt.pt", "best.pt", "log.csv",
-                                       "loss.png"}
+    assert {path.name for path in folder.iterdir()} == {
+        "lock", "data.bin", "ckpt.pt", "best.pt", "log.csv", "loss.png"}
     assert "10.8249" in out and out.count("sample: Every effort moves you") == 3
     assert re.search(r"best.pt has the best .* at step 10\n.*loss.png; peak memory \d+\.\d GB\n"
                      r"next: python sample.py --checkpoint=", out)
-
-def losses_by_hand(folder, *splits):
-    """The oracle's losses of ckpt.pt on 7 windows of 32 tokens, spread over each split."""
-    for tokens in splits:
-        count = (len(tokens) - 1) // 32
-        rows = torch.tensor([tokens[32 * (i * count // 7) :][:33] for i in range(7)])
-        yield oracles(load(folder)[0], rows[:, :-1], rows[:, 1:])[1]
-
-def test_the_losses_that_are_printed_are_the_losses(run, tmp_path):
-    """In batches of 2, so that the last of 7 windows is a batch of its own, and in one of 16."""
-    tokens = gpt.encode(pathlib.Path(train.STORY).read_text("utf-8"))
-    n = len(tokens) * 9 // 10
-    ours = [column(run[0], name)[-1] for name in ("train_loss", "val_loss")]
-    assert ours == pytest.approx([*losses_by_hand(run[0], tokens[:n], tokens[n:])], abs=2e-6)
-    train_in(tmp_path, "--max_iters=0 --batch_size=16")
-    assert column(tmp_path, "val_loss")[0] == pytest.approx(column(run[0], "val_loss")[0], abs=2e-6)
-
-def test_a_validation_text_of_its_own(tmp_path):
-    text = pathlib.Path(train.STORY).read_text("utf-8")
-    splits = text[:9000], text[9000:12000]
-    for name, split in zip("tv", splits):
-        (tmp_path / name).write_text(split, "utf-8", newline="")
-    flags = f"--data={tmp_path / 't'} --val_data={tmp_path / 'v'} --max_iters=1"
-    train_in(tmp_path / "out", flags)
-    ours = [column(tmp_path / "out", name)[-1] for name in ("train_loss", "val_loss")]
-    expected = losses_by_hand(tmp_path / "out", *map(gpt.encode, splits))
-    assert ours == pytest.approx([*expected], abs=2e-6)
-    os.replace(tmp_path / "t", tmp_path / "v")
-    train_in(tmp_path / "out", "--resume --max_iters=2")  # the tokens are kept
-    (tmp_path / "out" / "val_data.bin").unlink()
-    refused("v is not the text of this run", train_in, tmp_path / "out", "--resume")
-
-def test_the_log_has_every_step_and_evaluation(run):
-    folder, out = run
     assert (folder / "log.csv").read_text().startswith(
         "iter,tokens,loss,train_loss,val_loss,lr,grad_norm,tokens_per_s\n0,0,,10.")
     assert column(folder, "tokens") == list(range(0, 641, 64))  # after each of the ten steps
     losses = column(folder, "val_loss")
     assert len(losses) == 3 and losses[0] == pytest.approx(math.log(50257), abs=0.1)
     assert f"val_loss {losses[2]:.6g} | val_perplexity {math.exp(losses[2]):.6g}" in out
+    tokens = gpt.encode(STORY)
+    n = len(tokens) * 9 // 10
+    losses_are_the_oracles(folder, tokens[:n], tokens[n:])
+
+def losses_are_the_oracles(folder, *splits):
+    """The log's last two are those on 7 windows of 32 tokens, spread over each split. In batches of
+    2 the last window is a batch of its own."""
+    for name, tokens in zip(("train_loss", "val_loss"), splits):
+        count = (len(tokens) - 1) // 32
+        rows = torch.tensor([tokens[32 * (i * count // 7) :][:33] for i in range(7)])
+        expected = oracles(load(folder)[0], rows[:, :-1], rows[:, 1:])[1]
+        assert column(folder, name)[-1] == pytest.approx(expected, abs=2e-6), name
+
+def test_a_run_with_two_texts_goes_on_without_them_or_says_how(tmp_path):
+    splits, out = (STORY[:9000], STORY[9000:12000]), tmp_path / "out"
+    for name, split in zip("tv", splits):
+        (tmp_path / name).write_text(split, "utf-8", newline="")
+    train_in(out, f"--data={tmp_path / 't'} --val_data={tmp_path / 'v'} --max_iters=1")
+    losses_are_the_oracles(out, *map(gpt.encode, splits))
+    os.replace(tmp_path / "t", tmp_path / "v")
+    train_in(out, "--resume --max_iters=2")  # the tokens are kept
+    (out / "data.bin").unlink()
+    refused("t cannot be read; give --data=", train_in, out, "--resume")
+    train_in(out, f"--resume --max_iters=3 --data={tmp_path / 'v'}")
+    (out / "val_data.bin").unlink()
+    refused("v is not the text of this run", train_in, out, "--resume")
 
 def test_what_a_checkpoint_holds(run):
     model, state = load(run[0])
@@ -443,97 +408,88 @@ def test_what_a_checkpoint_holds(run):
     best = {"step": 10, "val_loss": min(column(run[0], "val_loss"))}
     assert load(run[0] / "best.pt")[1] == best
 
-def test_the_seed_decides_the_text(run, capsys):
-    texts = []
-    for seed in (1, 1, 2):
-        main("sample.py", "--start=Every effort moves you", f"--seed={seed}", "--device=cpu",
-             f"--checkpoint={run[0] / 'ckpt.pt'}", "--max_new_tokens=40")
-        out, err = capsys.readouterr()
-        texts.append(out)
-    assert texts[0] == texts[1] != texts[2] and len(out) > 100
-    assert out.startswith("Every effort moves you") and "step 10, validation loss 10." in err
-
-def test_a_prompt_may_be_long_and_a_text_empty(run, capsys):
-    flags = (f"--checkpoint={run[0] / 'ckpt.pt'}", "--device=cpu")
-    main("sample.py", "--start=" + "x " * 40 + "y", "--no-stop", *flags, "--max_new_tokens=40")
-    assert "last 32" in capsys.readouterr().err
-    main("sample.py", "--start=x", "--num_beams=2", *flags, "--max_new_tokens=0")
-    assert capsys.readouterr().out == "x\n"
-
-@pytest.mark.parametrize("words", (2, 17, 60, 1100))
-def test_score_counts_each_token_once(tmp_path, capsys, monkeypatch, words):
-    """Each from at least half a window before it, in batches of 128 windows."""
+@pytest.mark.parametrize("words", (2, 17, 60))
+def test_score_predicts_each_token_from_half_a_window_or_more(sample, tmp_path, words):
     model, path = tiny(vocab_size=50257), tmp_path / "x.txt"
     gpt.save_checkpoint(str(tmp_path / "x.pt"), model)
     path.write_text(gpt.get_tokenizer().decode([*range(1000, 1000 + words)]), "utf-8")
     ids = torch.tensor([gpt.encode(path.read_text("utf-8"))])
-    total = first = 0
-    for start in range(0, max(1, ids.shape[1] - 9), 8):
-        targets = ids[:, start + 1 :][:, :16]
-        logits, _ = oracles(model, ids[:, start:-1][:, :16], targets)
-        logits, targets = torch.from_numpy(logits)[0, first - start :], targets[0, first - start :]
-        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-        first += len(targets)
-    centered = []
-    monkeypatch.setattr(gpt, "center_logits", centered.append)
-    main("sample.py", f"--score={path}", f"--checkpoint={tmp_path / 'x.pt'}", "--dtype=float32")
     n, n_bytes = ids.shape[1], path.stat().st_size
-    assert len(centered) == 1
-    said = re.findall(r" ([\d.]+)", capsys.readouterr().out.replace(",", ""))
-    loss = total / (n - 1)
+    losses = []
+    for i in range(1, n):
+        start = max(0, (i - 1) // 8 * 8 - 8)  # windows of 16 tokens begin at each multiple of 8
+        losses.append(-model(ids[:, start:i])[0, -1].log_softmax(-1)[ids[0, i]].item())
+    loss = np.mean(losses)
+    out, _ = sample(f"--score={path}", f"--checkpoint={tmp_path / 'x.pt'}", "--dtype=float32")
+    said = re.findall(r" ([\d.]+)", out.replace(",", ""))
     expected = n, n_bytes, loss, math.exp(loss), loss * n / n_bytes / math.log(2)
     assert [float(value) for value in said] == pytest.approx(expected, rel=1e-4)
 
-def test_show_prints_what_is_drawn_from(run, capsys):
-    path, seen = run[0] / "ckpt.pt", []
-    main("sample.py", "--start=Ivy", f"--checkpoint={path}", "--show=2", "--top_k=9", "--top_p=0.9",
-         "--temperature=0.5", "--num_samples=2", "--max_new_tokens=9", "--dtype=float32")
-    lines = re.findall("^  .*", capsys.readouterr().err, re.M)
-    model, idx = load(path)[0], torch.tensor([gpt.encode("Ivy")] * 2)
-    generated(model, idx, 9, 0.5, 9, 0.9, seed=1337, observe=lambda *now: seen.append(now))
+def test_show_prints_what_is_drawn_from(sample, run):
+    out, err = sample("--start=Ivy", "--show=2", "--top_k=9", "--top_p=0.9", "--temperature=0.5",
+                      "--num_samples=2", "--max_new_tokens=9", "--dtype=float32", "--seed=5")
+    assert out.startswith("Ivy") and "step 10, validation loss 10." in err
+    model, idx, seen = load(run[0])[0], torch.tensor([gpt.encode("Ivy")] * 2), []
+    generated(model, idx, 9, 0.5, 9, 0.9, seed=5, observe=lambda *now: seen.append(now))
     expected = gpt.candidates(model(idx)[:, -1], 0.5, 9, 0.9)
     torch.testing.assert_close(seen[0][:2], expected)
-    for line, (probs, ids, token) in zip(lines, seen, strict=True):
+    for line, (probs, ids, token) in zip(re.findall("^  .*", err, re.M), seen, strict=True):
         expected = ""
         for i, (p, id) in enumerate(zip(probs[0].tolist(), ids[0].tolist())):
             word = f"{gpt.get_tokenizer().decode([id])!r} {p:.1%}"
             expected += f"  [{word}]" if id == token[0] else f"  {word}" if i < 2 else ""
         assert line == expected
 
-def test_a_prompt_that_ends_in_white_space_is_warned_of(run, tmp_path, monkeypatch, capsys):
+def test_prompts_that_are_files_or_long_or_end_in_white_space(sample, run, tmp_path, monkeypatch):
     """GPT-2's tokens begin with their space. The last newline of a file or of `echo` is dropped."""
-    flags = (f"--checkpoint={run[0] / 'ckpt.pt'}", "--max_new_tokens=0", "--device=cpu")
     for variable in ("HOME", "USERPROFILE"):  # Windows has the second one
         monkeypatch.setenv(variable, str(tmp_path))
-    for content, warned, shown in ((b"\xef\xbb\xbfIvy\r\n", False, "Ivy\n"),
-                                   (b"Ivy\n\n", True, "Ivy\n\n"), (b"Ivy ", True, "Ivy \n")):
+    flags = ("--start=FILE:~/p.txt", "--max_new_tokens=0")
+    for content, warned in ((b"\xef\xbb\xbfIvy\r\n", []), (b"Ivy\n\n", ["white space"]),
+                            (b"Ivy ", ["white space"]), (b"x " * 40 + b"y", ["last 32"])):
         (tmp_path / "p.txt").write_bytes(content)
-        main("sample.py", "--start=FILE:~/p.txt", *flags)
-        out, err = capsys.readouterr()
-        assert out == shown and ("white space" in err) == warned, content
-    out, err = end(start("sample.py", "--start=-", "--num_samples=3", *flags), text="Ivy\n")
+        out, err = sample(*flags)
+        assert out == content.decode("utf-8-sig").replace("\r", "").removesuffix("\n") + "\n"
+        assert re.findall("white space|last 32", err) == warned, content
+    assert sample("--start=x", "--num_beams=2", "--max_new_tokens=0").out == "x\n"
+    out, err = end(start("sample.py", "--start=-", "--num_samples=3", "--max_new_tokens=0",
+                         f"--checkpoint={run[0] / 'ckpt.pt'}"), text="Ivy\n")
     assert out == "Ivy\n" + 2 * ("-" * 80 + "\nIvy\n") and "white space" not in err
     (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfcaf\xe9")
-    refused(r"p.txt: byte 6 \(0xe9\)", main, "sample.py", "--start=FILE:~/p.txt", *flags)
+    refused(r"p.txt: byte 6 \(0xe9\)", sample, *flags)
 
-def test_gradients_are_unscaled_before_they_are_clipped(tmp_path, monkeypatch):
+@pytest.fixture
+def scaler(monkeypatch):
+    """A stand-in for the GradScaler of float16, which may start with another factor."""
+    original, options = torch.amp.GradScaler, {"enabled": True, "init_scale": 2.0**16}
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: original("cpu", **options))
+    return options
+
+def test_gradients_are_unscaled_before_they_are_clipped(tmp_path, scaler):
     flags = "--max_iters=4 --warmup_iters=0 --weight_decay=0 --grad_clip=1e-14"
-    train_in(tmp_path / "plain", flags)
-    losses = column(tmp_path / "plain", "val_loss")
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)  # far below Adam's eps they move nothing
-    train_in(tmp_path / "half", flags + " --dtype=float16")
-    assert 0 < abs(column(tmp_path / "half", "val_loss")[1] - losses[1]) < 1e-3
-    scaler, scale = torch.amp.GradScaler, 2.0**16
-    monkeypatch.setattr(torch.amp, "GradScaler",  # as for float16
-                        lambda *_, **__: scaler("cpu", init_scale=scale, enabled=True))
     train_in(tmp_path / "scaled", flags)
+    train_in(tmp_path / "half", flags + " --dtype=float16")
+    scaler["enabled"] = False
+    train_in(tmp_path / "plain", flags)
+    losses, half = (column(tmp_path / folder, "val_loss") for folder in ("plain", "half"))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)  # far below Adam's eps they move nothing
+    assert 0 < abs(half[1] - losses[1]) < 1e-3
     for name in ("loss", "grad_norm", "val_loss"):
         plain, scaled = (column(tmp_path / folder, name) for folder in ("plain", "scaled"))
         assert scaled == pytest.approx(plain, rel=1e-4) and min(scaled) > 0.1, name
-    scale = 2.0**127  # overflows: such steps are left out, and the run goes on
-    train_in(tmp_path / "over", "--max_iters=12")
-    assert 1 < load(tmp_path / "over")[1]["scaler"]["scale"] < scale
-    assert math.isfinite(column(tmp_path / "over", "grad_norm")[-1])
+
+def test_an_overflow_is_left_out_and_a_resume_keeps_the_scale_and_the_best(
+        tmp_path, scaler, capsys):
+    scaler["init_scale"] = 2.0**127
+    train_in(tmp_path, "--warmup_iters=0 --learning_rate=1 --eval_interval=4 --max_iters=4")
+    norms, scale = column(tmp_path, "grad_norm"), load(tmp_path)[1]["scaler"]["scale"]
+    assert not math.isfinite(norms[0]) and math.isfinite(norms[-1])
+    train_in(tmp_path, "--resume --max_iters=5")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "no evaluation was better than the first"
+    state, best = load(tmp_path)[1], load(tmp_path / "best.pt")[1]
+    assert state["scaler"]["scale"] <= scale <= 2.0**125
+    assert state["best"] == best == {"step": 0, "val_loss": min(column(tmp_path, "val_loss"))}
 
 def test_every_step_and_micro_batch_drops_other_numbers(tmp_path):
     alike = np.tile(np.arange(1, 33) * 9, 20).astype(np.uint16)  # all windows are
@@ -561,60 +517,67 @@ def test_accumulation_and_processes_do_not_change_the_run(tmp_path):
     train_in(folders[0], "--resume --max_iters=5")
     assert column(folders[0], "loss") == pytest.approx(column(folders[2], "loss"), rel=1e-5)
 
-def test_processes_that_meet_the_same_error_say_it_once(tmp_path, monkeypatch, capsys):
+def test_processes_that_meet_the_same_error_say_it_once(tmp_path):
     """torch.distributed would lose what is raised, or each process would say it."""
     (tmp_path / "short.txt").write_text("Only a few words here. " * 20)
     for flag in ("--n_head=3", "--data=short.txt"):  # before the processes meet, and after it
         _, err = end(start("train.py", *RUN, flag, before=TORCHRUN, cwd=tmp_path), status=1)
         assert len(re.findall(f"train.py: error: .*{flag[7:]}", err)) == 1, err
+
+def test_torchruns_variables_that_do_not_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")  # without WORLD_SIZE it means nothing
     train_in(tmp_path / "a", "--max_iters=1")
     assert "sample: " in capsys.readouterr().out and load(tmp_path / "a")[1]["step"] == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused("WORLD_SIZE.*torchrun", train_in, tmp_path / "b", "--max_iters=1")
-
-def test_more_processes_than_gpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    refused(r"1 GPU\(s\) here: --nproc_per_node=1", train_in, tmp_path, "--device=auto")
+    refused(r"1 GPU\(s\) here: --nproc_per_node=1", train_in, tmp_path / "b", "--device=auto")
+
+@posix
+def test_one_ctrl_c_saves_the_run_of_two_processes(tmp_path):
+    process = start("train.py", *RUN, "--max_iters=99999", before=TORCHRUN, cwd=tmp_path)
+    assert any(line.startswith("iter 1 ") for line in process.stdout)
+    process.send_signal(signal.SIGINT)  # torchrun hands it to both
+    out, err = end(process, status=1)  # that of torchrun
+    step = load(tmp_path / "out")[1]["step"]
+    assert out.splitlines()[-1].startswith(f"stopped and saved at step {step}; go on with --resume")
+    assert step > 0 and err.count("finishing the step") == 1
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
-def test_compiled_and_eager_losses_are_alike(tmp_path, capfd):
+def test_compile_is_for_who_asks_and_changes_no_loss(tmp_path, capfd):
     dynamo = torch._dynamo
-    for flag in ("--no-compile", "--compile"):
+    for flag in ("", "--no-compile", "--compile"):
         assert not dynamo.utils.counters["stats"]["unique_graphs"]
-        train_in(tmp_path / flag, f"{flag} --max_iters=2 --dropout=0 --eval_windows=1")
+        train_in(tmp_path / flag, f"{flag} --max_iters=2 --dropout=0 --eval_windows=1 --n_layer=1")
     assert dynamo.utils.counters["stats"]["unique_graphs"]
     eager, compiled = (column(tmp_path / flag, "loss") for flag in ("--no-compile", "--compile"))
     assert compiled == pytest.approx(eager, rel=1e-4)
+    with pytest.raises(RuntimeError) as caught:
+        raise dynamo.exc.TorchDynamoException("no compiler\nmore")
     with pytest.raises(SystemExit):
-        try:
-            raise dynamo.exc.TorchDynamoException("no compiler\nmore")
-        except RuntimeError:
-            gpt.show_error(*sys.exc_info())
+        gpt.show_error(caught.type, caught.value, caught.tb)
     assert re.search("error: no compiler more.*; --no-compile", capfd.readouterr().err)
 
-def test_a_field_that_a_fork_adds_is_trained_resumed_kept_and_not_exported(tmp_path):
-    shutil.copytree(os.path.join(HERE, "data"), tmp_path / "data")
-    for name, line, added in (("gpt.py", "    dropout: float", "    rope: int = 0\n"),
-                              ("train.py", '    flag("--n_head"', "    flag('--rope', type=int)\n"),
-                              ("load_gpt2.py", "import argparse", "")):
-        code = pathlib.Path(HERE, name).read_text("utf-8")
-        assert code.count(line) == 1
-        (tmp_path / name).write_text(code.replace(line, added + line), "utf-8")
-    steps = [["train.py", *RUN, "--rope=7", "--max_iters=1"],
-             ["train.py", "--resume", "--max_iters=2"],
-             ["train.py", "--init_from=out/ckpt.pt", "--out_dir=b", "--max_iters=0"],
-             ["load_gpt2.py", "--export", "b/ckpt.pt", "c"]]
-    code = (f"import runpy, sys\nfor sys.argv in {steps}:\n"  # one process: imports take seconds
-            "    runpy.run_path(sys.argv[0], run_name='__main__')")
-    _, err = end(start("-c", code, cwd=tmp_path), status=2)
-    assert "the export knows GPT-2 alone: rope" in err and not (tmp_path / "c").exists()
-    for name, step in (("out", 2), ("b", 0)):
-        state = torch.load(tmp_path / name / "ckpt.pt", weights_only=True)
+def test_a_field_that_a_fork_adds_is_trained_resumed_kept_and_not_exported(tmp_path, monkeypatch):
+    def start_script(doc, original=gpt.start_script):
+        parser = original(doc)
+        parser.add_argument("--rope", type=int)
+        return parser
+
+    monkeypatch.setattr(gpt, "start_script", start_script)
+    monkeypatch.setattr(gpt, "GPTConfig", dataclasses.make_dataclass(
+        "Fork", [("rope", int, 0)], bases=(GPTConfig,), frozen=True))
+    a, b = (str(tmp_path / name / "ckpt.pt") for name in "ab")
+    train_in(tmp_path / "a", "--rope=7 --max_iters=1")
+    train_in(tmp_path / "a", "--resume --max_iters=2")
+    train_in(tmp_path / "b", f"--init_from={a} --max_iters=0")
+    for path, step in ((a, 2), (b, 0)):
+        state = torch.load(path, weights_only=True)
         assert (state["config"]["rope"], state["step"]) == (7, step)
+    refused("GPT-2 alone: rope", main, "load_gpt2.py", "--export", b, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 ARGS = argparse.Namespace(learning_rate=1.0, min_lr=0.1, seed=5, batch_size=3, windows_per_step=6)
 
@@ -630,78 +593,73 @@ def test_schedule(warmup, decay):
 
 def test_a_warm_up_that_is_not_shorter_than_the_run(tmp_path, capsys):
     """Going on, it would climb to the peak and fall tenfold in a step."""
-    train_in(tmp_path / "a", "--max_iters=2")
+    train_in(tmp_path, "--max_iters=2")
     out = capsys.readouterr().out
     assert "the warm-up is not shorter than lr_decay_iters" in out
     assert " left" not in re.search("^iter 0 .*", out, re.M)[0]  # nothing is known of it yet
-    train_in(tmp_path / "a", "--resume --max_iters=6")
-    assert column(tmp_path / "a", "lr")[2:] == pytest.approx([4e-5] * 4)
+    train_in(tmp_path, "--resume --max_iters=6")
+    assert column(tmp_path, "lr")[2:] == pytest.approx([4e-5] * 4)
     assert "warm-up" not in capsys.readouterr().out
-    train_in(tmp_path / "b", f"--init_from={tmp_path / 'a' / 'ckpt.pt'} --max_iters=1 "
-             "--learning_rate=1e-12 --block_size=32 --device=cpu --dtype=float32")
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "no step made the validation loss lower than it was at the beginning"
 
-def test_every_window_once_an_epoch_and_anew_in_the_next():
+def test_every_window_once_an_epoch_and_anew_in_the_next_or_for_another_seed():
     order = [w for step in range(7) for micro in range(2)
-             for w in train.batch_of(step, micro, ARGS, 14)]
+             for w in train.window_numbers(step, micro, ARGS, 14)]
     assert sorted(order[:14]) == sorted(order[14:28]) == list(range(14))
     assert order[:14] != order[14:28] and order[:14] != list(range(14))
+    other = argparse.Namespace(**vars(ARGS) | {"seed": 6})
+    assert train.window_numbers(0, 0, ARGS, 99) != train.window_numbers(0, 0, other, 99)
     args = argparse.Namespace(block_size=8, eval_windows=1)
     for n, count in ((97, 12), (96, 11), (9, 1)):
         windows = train.windows_in(np.arange(n), args, "train on")
         assert windows.tolist() == [list(range(8 * i, 8 * i + 9)) for i in range(count)]
 
-def test_fine_tuning_and_sampling_from_a_checkpoint_by_the_version_before(run, tmp_path, capsys):
+def test_fine_tuning_and_sampling_from_a_checkpoint_by_another_program(run, tmp_path, capsys):
+    """It has other things, and weights of a compiled model."""
+    path = tmp_path / "ckpt.pt"
     old, state = load(run[0] / "best.pt")
-    torch.save({"config": vars(old.config), "model": old.state_dict(), "scaler": {}, "step": 9,
+    weights = {"_orig_mod." + name: weight for name, weight in old.state_dict().items()}
+    torch.save({"config": vars(old.config), "model": weights, "scaler": {}, "step": 9,
                 "optimizer": {"state": {}, "param_groups": []}, "args": {"dtype": "float32"},
-                "best_val_loss": 9.5, "log_bytes": 1234}, tmp_path / "ckpt.pt")
+                "best_val_loss": 9.5, "log_bytes": 1234}, path)
+    gpt.center_logits(old)
     for block_size in (32, 16):
-        old, _ = load(run[0] / "best.pt")
-        gpt.center_logits(old)
-        train_in(tmp_path / f"{block_size}", f"--init_from={tmp_path / 'ckpt.pt'} --max_iters=0 "
-                 f"--block_size={block_size} --eval_windows=7 --learning_rate=1e-5 --dropout=0.2 "
-                 "--device=cpu --dtype=float32")
-        new, new_state = load(tmp_path / f"{block_size}")
+        out = tmp_path / str(block_size)
+        train_in(out, f"--init_from={path} --max_iters=0 --block_size={block_size} --dropout=0.2 "
+                 "--learning_rate=1e-5 --eval_windows=7 --device=cpu --dtype=float32")
+        new, new_state = load(out)
         assert new.config == GPTConfig(50257, block_size, 2, 2, 16, 0.2)
         old.wpe.weight = torch.nn.Parameter(old.wpe.weight[:block_size])
         same(new, old)
-    said = re.findall("the first 16 positions stay; --block_size=32 keeps all",
-                      capsys.readouterr().out)
-    assert len(said) == 1  # of the two runs
+    cut = "the first 16 positions stay; --block_size=32 keeps all"
+    assert capsys.readouterr().out.count(cut) == 1  # of the two runs
     assert column(tmp_path / "32", "val_loss") == pytest.approx([state["val_loss"]], abs=1e-5)
     assert new_state["args"]["min_lr"] == pytest.approx(1e-6)  # follows the rate unless given
     refused("--init_from", train_in, tmp_path, "--resume")
-    main("sample.py", f"--checkpoint={tmp_path / 'ckpt.pt'}", "--start=Ivy", "--max_new_tokens=3")
+    main("sample.py", f"--checkpoint={path}", "--start=Ivy", "--max_new_tokens=3")
     assert capsys.readouterr().out.startswith("Ivy")
-
-BOM = "\ufeff"  # stands in the middle where files were joined
 
 class Lines(io.BytesIO):
     def readlines(self, _):
         return super().readlines(50)  # in parts of 50 bytes, not a million
 
 def test_tokens_in_parts_equal_tokens_of_the_whole(tmp_path, monkeypatch):
-    rng, path = random.Random(0), tmp_path / "x.txt"
+    rng, path, bom = np.random.default_rng(0), tmp_path / "x.txt", "\ufeff"
     parts = [" ", "  ", "\n", "\n\n", "\t", "\u3000", "\x1c", "\u00a0", "a", "It's", "1984", "...",
-             BOM, "!?", "é", "你好", "🙂", "<|endoftext|>", " x", "\r\n", "\n", "\n", "\n \n"]
+             bom, "!?", "é", "你好", "🙂", "<|endoftext|>", " x", "\r\n", "\n", "\n", "\n \n"]
     args = argparse.Namespace(data=str(path), out_dir=str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(train, "open", lambda name, _: Lines(pathlib.Path(name).read_bytes()),
                       raising=False)
         for _ in range(30):
-            text = "".join(rng.choice(parts) for _ in range(500))
+            text = "".join(rng.choice(parts, 500))
             path.write_bytes(text.encode())
             assert len(list(train.read_text([str(path)]))) > 5
             tokens, _ = train.load_tokens("data", args, {})
-            assert tokens.tolist() == gpt.encode(text.replace("\r\n", "\n").replace(BOM, ""))
+            assert tokens.tolist() == gpt.encode(text.replace("\r\n", "\n").replace(bom, ""))
     for text in ("x" * 2**24, "x" + "\n" * 899_999):  # one line, white space alone: in no time
         path.write_bytes(text.encode())
         assert "".join(train.read_text([str(path)])) == text
     assert len(train.load_tokens("data", args, {})[0]) > 1000
-    path.write_bytes(b"word" + b" " * 10**6)
-    refused("x.txt: after 'word' come 900,000 white", train.load_tokens, "data", args, {})
 
 def test_folders_and_damaged_tokens_files(tmp_path, capsys):
     """A cut or changed tokens file would give other windows, without a word."""
@@ -722,43 +680,46 @@ def test_folders_and_damaged_tokens_files(tmp_path, capsys):
     train_in(tmp_path / "out", "--resume")
     assert path.read_bytes() == whole
 
-def test_a_run_goes_on_without_its_text_or_says_how(tmp_path):
-    shutil.copy(train.STORY, tmp_path / "my.txt")
-    train_in(tmp_path / "out", f"--data={tmp_path / 'my.txt'} --max_iters=1")
-    os.replace(tmp_path / "my.txt", tmp_path / "moved.txt")
-    train_in(tmp_path / "out", "--resume --max_iters=2")
-    os.remove(tmp_path / "out" / "data.bin")
-    refused("my.txt.*--data=", train_in, tmp_path / "out", "--resume --max_iters=3")
-    train_in(tmp_path / "out", f"--resume --max_iters=3 --data={tmp_path / 'moved.txt'}")
-
 @posix
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capfd, number):
     clip, steps = torch.nn.utils.clip_grad_norm_, itertools.count(1)
 
     def clip_and_signal(*arguments):
-        if next(steps) in (3, 4):
+        if next(steps) in (3, 4, 5):
             signal.raise_signal(number)
         return clip(*arguments)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_signal)
-    train_in(tmp_path, f"--max_iters={10**18}", status=128 + number)
-    out, err = capfd.readouterr()
-    assert "--resume" in out.splitlines()[-1] and err.startswith("finishing the step")
-    assert load(tmp_path)[1]["step"] == 3 and column(tmp_path, "iter") == [0, 1, 2, 3]
-    train_in(tmp_path, "--resume --max_iters=4")  # the signal in the last step: it is complete
+    flags = f"--log_interval=2 --max_iters={10**18}"
+    for step in (3, 4):  # between two lines of the log, and at one
+        train_in(tmp_path, flags, status=128 + number)
+        out, err = capfd.readouterr()
+        assert "--resume" in out.splitlines()[-1] and err.startswith("finishing the step")
+        assert load(tmp_path)[1]["step"] == step
+        flags = "--resume"
+    train_in(tmp_path, "--resume --max_iters=5")  # the signal in the last step: it is complete
     assert "next: python sample.py" in capfd.readouterr().out
+    assert column(tmp_path, "iter") == [0, 2, 4, 5]
 
 @posix
-def test_neither_a_closed_terminal_nor_a_closed_pipe_loses_the_run(tmp_path):
+def test_a_run_says_each_line_at_once_and_goes_on_alone_without_terminal_or_pipe(
+        tmp_path, monkeypatch):
     def goes_on():
-        seen = len(column(out, "iter"))
-        wait_for(lambda: len(column(out, "iter")) > seen + 5)
+        seen, started = len(column(out, "iter")), time.time()
+        while len(column(out, "iter")) < seen + 6:
+            assert time.time() < started + 60
+            time.sleep(0.05)
         return seen
 
     out = tmp_path / "out"
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     process = start("train.py", *RUN, "--max_iters=99999", cwd=tmp_path, before=["nohup"])
-    wait_for((out / "ckpt.pt").exists)
+    assert any(line.startswith("iter 2 ") for line in process.stdout)
+    assert len(column(out, "iter")) < 50  # a buffer would wait for 8 kB
+    # The lock comes before all reading: a second --resume must not go back to what it read early.
+    for flags in ("--resume --n_layer=3", "--max_iters=1 --data=gone.txt"):
+        refused("another train.py", train_in, out, flags)
     process.send_signal(signal.SIGHUP)  # ignored, because of nohup
     goes_on()
     process.stdout.close()  # as when Ctrl-C ends the `tee` behind the pipe first
@@ -766,22 +727,6 @@ def test_neither_a_closed_terminal_nor_a_closed_pipe_loses_the_run(tmp_path):
     seen = goes_on()
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130 and load(out)[1]["step"] > seen
-
-def test_a_log_has_each_line_at_once_and_a_folder_takes_one_run(tmp_path, monkeypatch):
-    log, out = tmp_path / "log.txt", tmp_path / "out"
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-    with open(log, "w") as file:
-        first = start("train.py", *RUN, "--max_iters=99999", cwd=tmp_path, stdout=file)
-    wait_for(lambda: "\niter 2 " in log.read_text())  # a buffer would wait for 8 kB
-    shown = log.read_text().count("\niter ")
-    assert shown < 50 and len(column(out, "iter")) >= shown
-    # The lock comes before all reading: a second --resume must not go back to what it read early.
-    for flags in ("--resume --n_layer=3", "--max_iters=1 --data=gone.txt"):
-        refused("another train.py", train_in, out, flags)
-    assert first.poll() is None
-    first.kill()
-    first.wait()
-    train_in(out, "--resume --max_iters=1")  # no lock is left behind
 
 @pytest.mark.parametrize("stream", (io.StringIO(), None))  # a notebook's, none
 def test_output_may_have_no_settings_or_be_nowhere(tmp_path, monkeypatch, stream):
@@ -795,17 +740,19 @@ def test_output_may_have_no_settings_or_be_nowhere(tmp_path, monkeypatch, stream
 def test_a_picture_that_fails_is_a_warning_and_a_link_finds_the_data(tmp_path, capsys):
     os.symlink(os.path.join(HERE, "train.py"), tmp_path / "l.py")
     (tmp_path / "out" / "loss.png").mkdir(parents=True)
-    main(tmp_path / "l.py", *RUN, f"--out_dir={tmp_path / 'out'}", "--max_iters=2",
-         "--eval_interval=1", "--dtype=bfloat16")
-    assert len(re.findall("warning: .*loss.png", capsys.readouterr().err)) == 3
+    main(tmp_path / "l.py", *RUN, f"--out_dir={tmp_path / 'out'}", "--max_iters=1",
+         "--dtype=bfloat16")
+    assert len(re.findall("warning: .*loss.png", capsys.readouterr().out)) == 2
     model, state = load(tmp_path / "out")
-    assert (state["step"], model.wte.weight.dtype) == (2, torch.float32)  # bfloat16 for products
+    assert (state["step"], model.wte.weight.dtype) == (1, torch.float32)  # bfloat16 for products
 
 @posix
 def test_killed_and_resumed_is_the_same_run_however_often_it_is_evaluated(tmp_path):
-    """KILLS=20 pytest -k killed is the long version."""
+    """In two epochs of 44 windows, in bfloat16. KILLS=20 pytest -k killed is the long version."""
     kills, a, b = int(os.environ.get("KILLS", 2)), tmp_path / "a", tmp_path / "b"
-    flags = (*RUN, f"--max_iters={20 + 20 * kills}")
+    (tmp_path / "x.txt").write_text(STORY[:3800], "utf-8")
+    flags = (*RUN, f"--data={tmp_path / 'x.txt'}", f"--max_iters={20 + 20 * kills}",
+             "--dtype=bfloat16")
     # Processes of their own: what ran before in this one may change the last bit of a sum.
     whole = start("train.py", *flags, "--eval_interval=1000", f"--out_dir={a}")
     for kill in range(kills):
@@ -821,26 +768,20 @@ def test_killed_and_resumed_is_the_same_run_however_often_it_is_evaluated(tmp_pa
     assert re.search("from step [1-9]", out) and end(whole)
     same_run(a, b)
 
-def test_a_save_that_fails_keeps_the_old_file_and_says_why(tmp_path, monkeypatch):
+def test_a_save_leaves_the_old_file_to_whoever_has_it_open(tmp_path):
     path = str(tmp_path / "x.pt")
-    gpt.save_checkpoint(path, tiny(1))
+    gpt.save_checkpoint(path, tiny(1, vocab_size=50257))
     mapped, _ = gpt.load_checkpoint(path)
     with open(path, "rb") as file:
-        gpt.save_checkpoint(path, tiny(2))
+        gpt.save_checkpoint(path, tiny(2, vocab_size=50257))
         assert len(file.read()) == os.path.getsize(path)  # not cut: that is a bus error
-    same(mapped, tiny(1))
-    if os.path.exists("/dev/full"):  # who writes to it finds the disk full
-        os.symlink("/dev/full", path + ".tmp")
-        refused("x.pt .*No space left on device", gpt.save_checkpoint, path, tiny(3))
-        assert os.listdir(tmp_path) == ["x.pt"]
-        same(load(path)[0], tiny(2))
-        os.symlink("/dev/full", tmp_path / "log.csv")
-        refused("log.csv .*No space left", train_in, tmp_path, "--max_iters=0")
+    same(mapped, tiny(1, vocab_size=50257))
+    same(load(path)[0], tiny(2, vocab_size=50257))
 
 def test_damaged_and_hostile_checkpoints_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = pathlib.Path("x.pt")
-    gpt.save_checkpoint("x.pt", tiny(), step=1)
+    gpt.save_checkpoint("x.pt", tiny(vocab_size=50257), step=1)
     good, state = path.read_bytes(), torch.load("x.pt", weights_only=True)
     flipped = bytearray(good)
     flipped[good.index(state["model"]["wte.weight"].numpy().tobytes()) + 100] ^= 1
@@ -868,35 +809,32 @@ FILES = {
     "x64.bin": np.array([464, 11, 50256, 7], np.int64).tobytes(),  # would be 0
     "chars.bin": np.arange(65, dtype=np.uint16).tobytes(), "word.txt": b"Hi",
     "white.txt": b"x" + b" " * 10**6 + b"y", "npy.bin": b"\x93NUMPY\x01\x00" + b"12" * 99}
-FAULTS = (  # what users of such projects met: flags of train.py, and what the message must say
-    ("--data=empty.txt", "no text"), ("--data=w", "no text"), ("--data=x.txt", "x.txt.*--data=P"),
-    ("--data=latin.txt", r"latin.txt: byte 3 \(0xe9\)"), ("--data=bare.txt", "byte 1 is NUL"),
-    ("--data=utf16.txt", "byte 3 is NUL"), ("--data=nul.txt", f"nul.txt: byte {2**21 + 3} is NUL"),
-    ("--data=word.txt", "too short.*more text is needed"), ("--init_from=bias.pt", "no biases"),
-    ("--data=white.txt", "white.txt: after 'x' come 900,000"), ("--min_lr=1", "=1.0 is above --l"),
-    ("--data=chars.bin", "largest id is 64, not 256"),
-    ("sample.py --checkpoint=small.pt --num_beams=2 --top_p=0.5 --num_samples=2",
-     "num_beams does not go with --top_p --num_samples"),
-    ("sample.py --checkpoint=small.pt --score=word.txt", "1 token.* two are needed"),
-    ("sample.py --checkpoint=small.pt --score=gone.txt", "gone.txt"),
-    ("sample.py --checkpoint=small.pt --start=FILE:white.txt", "cannot be encoded"),
-    ("load_gpt2.py --export small.pt w", "w exists"),
-    ("load_gpt2.py --export vocab.pt new", "vocab.pt has 61 tokens"),
-    ("--data=short.txt", "13 .*--block_size is 12$"), ("--data=odd.bin", "bin .*multiple"),
-    ("--data=empty.bin", "bin .*empty"), ("--data=high.bin", "largest id is 50257"),
-    ("--data=x32.bin", "wider"), ("--data=x64.bin", "wider"), ("--data=npy.bin", "npy file"),
-    ("--batchsize=2", "--batchsize"), ("--learning_rate=nan", "nan"),
-    ("--dropout=1", "t: 1 is not"),
-    ("--device=cuda:99", "cuda:99"), ("--device=gpu", "gpu is not"), ("--resume", "out.ckpt.pt"),
-    ("--out_dir=latin.txt", "latin.txt"), ("--init_from=page.pt", "page.pt"),
-    ("--init_from=vocab.pt --block_size=16", "61 tokens"),
-    ("--init_from=small.pt --block_size=16 --n_layer=2", "n_layer=2 .*1"),
-    ("--init_from=small.pt --block_size=32", "32.*16"),
-    ("sample.py --temperature=-1", "-1"), ("sample.py --temperature=nan", "nan"),
-    ("sample.py --top_k=-1", "-1"), ("sample.py --top_p=0", "0"), ("load_gpt2.py w", "w is n"),
-    ("sample.py", "out.ckpt.pt.*load_gpt2.py"), ("sample.py --checkpoint=vocab.pt", "61"),
-    ("sample.py --checkpoint=nan.pt", "not finite"), ("load_gpt2.py", "--export"),
-    (f"sample.py --checkpoint=small.pt --num_beams=2 --start='{17 * ' x'}'", "17.*16"))
+FAULTS = {  # what users of such projects met: by script, flags and what the message must say
+    "train.py": (
+        ("--data=empty.txt", "no text"), ("--data=w", "no text"), ("--min_lr=1", "=1.0 is above"),
+        ("--data=x.txt", "x.txt.*--data=P"), ("--data=latin.txt", r"latin.txt: byte 3 \(0xe9\)"),
+        ("--data=bare.txt", "byte 1 is NUL"), ("--data=utf16.txt", "byte 3 is NUL"),
+        ("--data=nul.txt", f"nul.txt: byte {2**21 + 3} is NUL"), ("--data=x64.bin", "wider"),
+        ("--data=word.txt", "too short.*more text is needed"), ("--init_from=bias.pt", "no biases"),
+        ("--data=white.txt", "white.txt: after 'x' come 900,000"), ("--data=x32.bin", "wider"),
+        ("--data=chars.bin", "largest id is 64, not 256"), ("--data=npy.bin", "npy file"),
+        ("--data=short.txt", "13 .*--block_size is 12$"), ("--data=odd.bin", "bin .*multiple"),
+        ("--data=empty.bin", "bin .*empty"), ("--data=high.bin", "largest id is 50257"),
+        ("--batchsize=2", "--batchsize"), ("--learning_rate=nan", "nan"), ("--resume", "out.ckpt"),
+        ("--dropout=1", "t: 1 is not"), ("--device=cuda:99", "cuda:99"), ("--device=gpu", "gpu is"),
+        ("--out_dir=latin.txt", "latin.txt"), ("--init_from=page.pt", "page.pt"),
+        ("--init_from=vocab.pt --block_size=16", "61 tokens"),
+        ("--init_from=small.pt --block_size=16 --n_layer=2", "n_layer=2 .*1"),
+        ("--init_from=small.pt --block_size=32", "32.*16")),
+    "sample.py --checkpoint=small.pt": (
+        ("--num_beams=2 --top_p=0.5 --num_samples=2", "beams does not go with --top_p --num_sam"),
+        (f"--num_beams=2 --start='{17 * ' x'}'", "17.*16"), ("--score=gone.txt", "gone.txt"),
+        ("--score=word.txt", "1 token.* two are needed"), ("--temperature=-1", "-1"),
+        ("--start=FILE:white.txt", "cannot be encoded"), ("--temperature=nan", "nan"),
+        ("--checkpoint=gone.pt", "gone.pt.*load_gpt2.py"), ("--checkpoint=vocab.pt", "61"),
+        ("--checkpoint=nan.pt", "not finite"), ("--top_k=-1", "-1"), ("--top_p=0", "0")),
+    "load_gpt2.py": (("w", "w is neither"), ("", "--export"), ("--export small.pt w", "w exists"),
+                     ("--export vocab.pt new", "vocab.pt .*it has 61 tokens, GPT-2 has 50257"))}
 
 def test_faults_get_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -909,55 +847,57 @@ def test_faults_get_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys):
     torch.save({"config": vars(small.config) | {"bias": False}, "model": {}}, "bias.pt")
     small.ln_f.bias.data[0] = math.nan
     gpt.save_checkpoint("nan.pt", small, step=0)
-    for line, words in FAULTS:
+    faults = [(script, *fault) for script in FAULTS for fault in FAULTS[script]]
+    for script, flags, words in faults:
         capsys.readouterr()
-        script, *flags = shlex.split(line)
-        if script.startswith("--"):
-            base = () if re.search("init_from|resume", line) else SMALL
-            script, flags = "train.py", [*base, script, *flags]
         try:
-            main(script, *flags, status=2)  # argparse has said it
-            message = capsys.readouterr().err.removesuffix("\n")
+            if script == "train.py":
+                train_in("out", flags, status=2)
+            else:
+                main(*shlex.split(f"{script} {flags}"), status=2)
+            message = capsys.readouterr().err.removesuffix("\n")  # argparse has said it
         except (InputError, OSError) as error:
             message = f"{getattr(error, 'filename', None)}: {error}"
-        assert re.search(words, message) and "\n" not in message, (line, message)
+        assert re.search(words, message) and "\n" not in message, (flags, message)
         left = set(os.listdir("out") if os.path.exists("out") else ())
-        assert left <= ({"lock", "data.bin"} if "too short" in message else {"lock"}), line
+        assert left <= ({"lock", "data.bin"} if "too short" in message else {"lock"}), flags
         shutil.rmtree("out", ignore_errors=True)
     for script in ("sample.py", "load_gpt2.py", "train.py"):
         main(script, "--help")
     out = capsys.readouterr().out
     assert "None" not in out and not re.search("exit\n +--", out[out.index("Trains a"):])  # grouped
+    assert "another device or dtype may write others" in " ".join(out.split())
     _, err = end(start("train.py", "--data=empty.txt", *SMALL), status=2)
     assert re.fullmatch("train.py: error: .*empty.txt: there is no text in it\n", err)
 
 def test_a_run_is_not_overwritten_nor_changed_by_accident(run, tmp_path, capsys):
-    shutil.copytree(run[0], tmp_path / "copy")
+    copy = tmp_path / "copy"
+    shutil.copytree(run[0], copy)
     for flags, words in (("", "copy.*--resume.*--out_dir.*delete"),
+                         (f"--resume --init_from={copy}", "--resume goes without --init_from"),
                          ("--resume --n_layer=3 --dropout=0.5", "n_layer=3.*2.*dropout=0.5"),
                          (f"--resume --data={__file__}", "not the text")):
-        refused(words, train_in, tmp_path / "copy", flags + " --max_iters=12")
-    train_in(tmp_path / "copy", "--resume")
+        refused(words, train_in, copy, flags + " --max_iters=12")
+    train_in(copy, "--resume")
     assert re.search("step 10; --resume --max_iters=N --out_dir=", capsys.readouterr().out)
-    same_run(run[0], tmp_path / "copy")
-    train_in(tmp_path / "copy", "--resume --max_iters=11 --dtype=auto")
-    assert column(tmp_path / "copy", "iter") == list(range(12))
+    same_run(run[0], copy)
+    train_in(copy, "--resume --max_iters=11 --dtype=auto")
+    assert column(copy, "iter") == list(range(12))
 
-def test_a_diverging_run_keeps_the_good_checkpoint(tmp_path, capsys):
+def test_a_diverging_run_keeps_the_good_checkpoint(tmp_path, capfd):
     flags = "--warmup_iters=0 --grad_clip=0 --eval_interval=4 --max_iters="
     train_in(tmp_path / "a", flags + "1 --learning_rate=1e4")  # astray, but finite
     assert column(tmp_path / "a", "val_loss")[-1] > 1000  # whose exponential is no float
     train_in(tmp_path / "b", flags + "60 --learning_rate=1e36", status=1)
     model, state = load(tmp_path / "b")
     assert all(p.isfinite().all() for p in model.parameters())
-    error = capsys.readouterr().err.splitlines()[-1]
+    error = capfd.readouterr().err.splitlines()[-1]
     said = re.search(r"is (?:nan|inf) at step \d+ \(learning rate .*, float32\)\. (\S+ckpt.pt) "
                      r"still has step (\d+): python train.py (.*)", error)
     assert said[1] == str(tmp_path / "b" / "ckpt.pt") and int(said[2]) == state["step"]
     main("train.py", *said[3].replace("NEW", str(tmp_path / "c")).split(), "--max_iters=0")
     assert load(tmp_path / "c")[1]["step"] == 0
 
-# ---- Every part is used, and every flag arrives ----
 def test_dropout_stands_in_four_places(monkeypatch):
     calls, model = [], tiny(dropout=0.1).train()
     monkeypatch.setattr(gpt, "dropout", lambda x, p, training=True: (
@@ -967,19 +907,6 @@ def test_dropout_stands_in_four_places(monkeypatch):
     assert calls == [(shape, 0.1, True) for shape in (x, *2 * (weights, x, x))]
     monkeypatch.setattr(gpt.F, "scaled_dot_product_attention", lambda *_, **options: options)
     assert gpt.attend(*torch.zeros(3, 1, 1, 5, 4, device="meta"), 0.1)["dropout_p"] == 0.1  # a GPU
-
-def test_wide_beams_find_the_best_of_all_sequences():
-    """A bound or a length that is off by one shows on some of the models."""
-    ids, idx = torch.cartesian_prod(*[torch.arange(4)] * 4), torch.tensor([[1, 3]])  # ids (256, 4)
-    whole = torch.cat((idx.expand(256, -1), ids), dim=1)
-    for seed, stop in itertools.product(range(40), (None, 2)):
-        model = tiny(seed, vocab_size=4, block_size=6)  # the six tokens just fit
-        log_probs = model(whole)[:, 1:-1].log_softmax(-1).gather(2, ids[:, :, None])[:, :, 0]
-        means = log_probs.cumsum(1) / torch.arange(1, 5)  # (256, 4), of the first 1, 2, 3, 4 tokens
-        ends = [row.index(stop) + 1 if stop in row else 4 for row in ids.tolist()]
-        best = means[torch.arange(256), torch.tensor(ends) - 1].argmax()
-        found = gpt.beam_search(model, idx, 4, 64, stop_token=stop)
-        assert found.tolist() == ids[best, : ends[best]].tolist(), (seed, stop)
 
 def test_which_dtype_auto_takes(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
@@ -992,21 +919,21 @@ def test_which_dtype_auto_takes(monkeypatch):
             ("cuda", "bfloat16", torch.bfloat16), ("cuda", "", torch.float16)):
         assert gpt.choose_device(device, "auto") == (torch.device(device), dtype), able
 
-def test_the_flags_of_sample_arrive(run, monkeypatch):
+def test_the_flags_of_sample_arrive(sample, monkeypatch):
+    monkeypatch.setattr(gpt, "center_logits", lambda _: given.update(centered=True))
     monkeypatch.setattr(gpt, "generate", lambda model, idx, n, **options: (
         given.update(options) or torch.zeros(0)))
     monkeypatch.setattr(gpt, "beam_search", lambda model, idx, n, num_beams, stop_token: (
         given.update(num_beams=num_beams, stop_token=stop_token) or torch.zeros(0)))
     for flags, expected in (
             ("", {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "stop_token": 50256}),
-            ("--temperature=0.5 --top_k=7 --top_p=0.3 --no-stop",
-             {"temperature": 0.5, "top_k": 7, "top_p": 0.3, "stop_token": None}),
-            ("--num_beams=3 --no-stop", {"num_beams": 3, "stop_token": None})):
+            ("--top_k=7 --top_p=0.3 --no-stop", {"top_k": 7, "top_p": 0.3, "stop_token": None}),
+            ("--num_beams=3", {"num_beams": 3, "stop_token": 50256})):
         given = {}
-        main("sample.py", f"--checkpoint={run[0]}/ckpt.pt", "--max_new_tokens=9", *flags.split())
-        assert given | expected == given, flags
+        sample("--max_new_tokens=9", *flags.split())
+        assert given | expected | {"centered": True} == given, flags
 
-def test_texts_are_streamed_in_whole_characters(run, monkeypatch, capsys):
+def test_texts_are_streamed_in_whole_characters(sample, monkeypatch, capsys):
     rows = [gpt.encode(text + "<|endoftext|>") for text in (" a🙂<|endoftext|>", " x y z u")]
 
     def generate(model, idx, *_, **__):
@@ -1017,9 +944,8 @@ def test_texts_are_streamed_in_whole_characters(run, monkeypatch, capsys):
     monkeypatch.setattr(gpt, "generate", generate)
     for flag, end in (("--stop", ""), ("--no-stop", "<|endoftext|>")):
         shown = []
-        main("sample.py", f"--checkpoint={run[0]}/ckpt.pt", "--num_samples=2", flag)
+        assert sample("--num_samples=2", flag).out == f"\n{'-' * 80}\n x y z u{end}\n"
         assert shown == [" a", "", "🙂", end, end]  # of the smiley's two tokens
-        assert capsys.readouterr().out == "\n" + "-" * 80 + f"\n x y z u{end}\n"
 
 def test_the_flags_of_adamw_arrive(tmp_path):
     train_in(tmp_path, "--max_iters=1 --beta1=0.7 --beta2=0.9 --grad_clip=0")
@@ -1027,47 +953,6 @@ def test_the_flags_of_adamw_arrive(tmp_path):
     assert {group["betas"] for group in optimizer["param_groups"]} == {(0.7, 0.9)}
     averages = torch.cat([part["exp_avg"].flatten() for part in optimizer["state"].values()])
     assert norm > 1 and averages.norm().item() == pytest.approx(0.3 * norm, rel=1e-3)  # not clipped
-
-def test_compile_is_for_who_asks(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda _: None)  # which does not train
-    train_in(tmp_path / "a", "--max_iters=1")
-    train_in(tmp_path / "b", "--max_iters=1 --no-compile")
-    with pytest.raises(AttributeError, match="NoneType"):
-        train_in(tmp_path / "c", "--max_iters=1 --compile")
-
-def test_a_resume_keeps_the_scale_and_the_best(tmp_path, monkeypatch):
-    """Before the stop the scale was halved, and the last evaluation got worse."""
-    scaler = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler",  # as for float16
-                        lambda *_, **__: scaler("cpu", init_scale=2.0**127, enabled=True))
-    train_in(tmp_path, "--warmup_iters=0 --learning_rate=1 --eval_interval=4 --max_iters=4")
-    scale = load(tmp_path)[1]["scaler"]["scale"]
-    train_in(tmp_path, "--resume --max_iters=5")
-    state, best = load(tmp_path)[1], load(tmp_path / "best.pt")[1]
-    assert state["scaler"]["scale"] <= scale <= 2.0**125
-    assert state["best"] == best == {"step": 0, "val_loss": min(column(tmp_path, "val_loss"))}
-
-@posix
-def test_stops_between_two_lines_of_the_log_and_at_one(tmp_path, monkeypatch):
-    clip, steps = torch.nn.utils.clip_grad_norm_, itertools.count(1)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *arguments: (
-        next(steps) in (3, 4) and signal.raise_signal(signal.SIGTERM) or clip(*arguments)))
-    train_in(tmp_path, "--log_interval=2 --max_iters=7", status=128 + signal.SIGTERM)
-    train_in(tmp_path, "--resume", status=128 + signal.SIGTERM)
-    train_in(tmp_path, "--resume")
-    assert column(tmp_path, "iter") == [0, 2, 4, 6, 7]
-
-def test_resumed_across_an_epochs_end_in_bfloat16_is_the_same_run(tmp_path):
-    (tmp_path / "x.txt").write_text(pathlib.Path(train.STORY).read_text("utf-8")[:2000], "utf-8")
-    flags = f"--data={tmp_path / 'x.txt'} --batch_size=4 --dtype=bfloat16 --lr_decay_iters=6"
-    train_in(tmp_path / "a", flags + " --max_iters=6")  # the 14 windows end in the fourth step
-    train_in(tmp_path / "b", flags + " --max_iters=3")
-    train_in(tmp_path / "b", "--resume --max_iters=6")
-    same_run(tmp_path / "a", tmp_path / "b")
-
-def test_another_seed_reads_in_another_order():
-    other = argparse.Namespace(**vars(ARGS) | {"seed": 6})
-    assert train.batch_of(0, 0, ARGS, 99) != train.batch_of(0, 0, other, 99)
 
 # ---- OpenAI's and Hugging Face's weights -------------------------------------------------------
 def test_a_checkpoint_by_tensorflow_itself():
@@ -1089,14 +974,12 @@ def test_a_checkpoint_by_tensorflow_itself():
     ({"n_layer": 10}, "11,248 .*10,27"), ({"n_vocab": 24}, "11,248 .*11,264"),
     ({"n_embd": None}, "json: n_embd .*None"), ({"n_layer": 0}, "json: n_layer .* 0"),
     ({"n_head": 3}, "json: n_embd .* n_head"), (None, "hparams.json"),
-    ("short", "11,247 .*11,248"), ("shards", "model.ckpt.data-00000-of-00001 .* 0 bytes")))
+    (11247, "11,247 .*11,248"), (0, "model.ckpt.data-00000-of-00001 .* 0 bytes")))
 def test_damaged_openai_files_are_refused(tmp_path, change, words):
     shutil.copytree(TF / "one-shard", tmp_path, dirs_exist_ok=True)
-    hparams, data = tmp_path / "hparams.json", tmp_path / load_gpt2.DATA
-    if change == "short":
-        data.write_bytes(data.read_bytes()[:-1])
-    elif change == "shards":
-        os.replace(data, tmp_path / "model.ckpt.data-00000-of-00003")
+    hparams = tmp_path / "hparams.json"
+    if isinstance(change, int):
+        os.truncate(tmp_path / load_gpt2.DATA, change)
     else:
         hparams.write_text(json.dumps(change and json.loads(hparams.read_text()) | change))
     refused(words, load_gpt2.load_gpt2, str(tmp_path))
@@ -1123,10 +1006,9 @@ def test_the_exported_files(exported):
         "n_positions": 32, "n_layer": 2, "n_head": 3, "n_embd": 24}
     assert generation["max_length"] == 32 and generation["pad_token_id"] == 50256
     assert of_tokens["clean_up_tokenization_spaces"] is False
-    with open(folder / "model.safetensors", "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    assert header.pop("__metadata__") == {"format": "pt"}
-    assert header.keys() == set(model.state_dict())  # without "transformer.", as on the hub
+    with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == set(model.state_dict())  # no "transformer.", as on the hub
     assert sorted(words.values()) == list(range(50257)) and words["Ġeffort"] == 3626
     merges = (folder / "merges.txt").read_text("utf-8")
     assert merges == pathlib.Path(load_gpt2.VOCAB_PATH).read_text("utf-8")
@@ -1151,10 +1033,8 @@ def test_hugging_face_folders_that_are_taken_or_refused(exported, tmp_path):
 
     for name, value in {"activation_function": "gelu", "layer_norm_epsilon": 1e-6, "n_layer": 0,
                         "scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True,
-                        "n_embd": None, "model_type": "gptj",
-                        "add_cross_attention": True}.items():
+                        "model_type": "gptj", "add_cross_attention": True}.items():
         refused(f"config.json: .*{name}.*{value}", read, **{name: value})
-    refused("config.json: n_embd .*n_head", read, n_head=5)
     for name in ("vocab.json", "merges.txt", "tokenizer.json"):  # GPT2-Spanish has 50,257 too
         text = (tmp_path / name).read_text("utf-8")
         (tmp_path / name).write_text(text.replace("he", "eh"), "utf-8")
@@ -1168,16 +1048,12 @@ def test_hugging_face_folders_that_are_taken_or_refused(exported, tmp_path):
     path.write_bytes(b"x" * 1000)
     refused("model.safetensors", load_gpt2.load_gpt2, str(tmp_path))
     os.replace(path, tmp_path / "pytorch_model.bin")
-    refused("pytorch_model.bin.*save_pretrained", load_gpt2.load_gpt2, str(tmp_path))
+    refused("save_pretrained.*pytorch_model.bin", load_gpt2.load_gpt2, str(tmp_path))
 
-def test_an_export_is_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_an_export_is_whole_or_not_at_all_and_so_is_a_checkpoint(tmp_path, monkeypatch):
     resource = pytest.importorskip("resource")
     path, model = str(tmp_path / "x.pt"), tiny(vocab_size=50257, n_embd=24)
     gpt.save_checkpoint(path, model)
-    model.h[1].gate = torch.nn.Linear(2, 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(load_gpt2, "load_checkpoint", lambda *_, **__: (model, {}))
-        refused("GPT-2 alone: h.1.gate.bias, h.1.", load_gpt2.export, path, str(tmp_path / "new"))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for size in (10**5, 4 * 10**6):  # no more fits: in the middle of vocab.json, of the weights
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
@@ -1187,6 +1063,13 @@ def test_an_export_is_whole_or_not_at_all(tmp_path, monkeypatch):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert os.listdir(tmp_path) == ["x.pt"]
+    same(load(path)[0], model)
+    model.h[1].gate = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(load_gpt2, "load_checkpoint", lambda *_, **__: (model, {}))
+    refused("GPT-2 alone: h.1.gate.bias, h.1.", load_gpt2.export, path, str(tmp_path / "new"))
+    if os.path.exists("/dev/full"):  # who writes to it finds the disk full
+        os.symlink("/dev/full", tmp_path / "log.csv")
+        refused("log.csv .*No space left", train_in, tmp_path, "--max_iters=0")
 
 def test_converting_takes_the_folder_that_is_meant_and_replaces_nothing(exported, tmp_path,
                                                                         monkeypatch):
@@ -1223,53 +1106,48 @@ def test_transformers_and_tokenizers_agree(exported, tmp_path):
     same(load_gpt2.load_gpt2(str(tmp_path)), model)
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `files` with ranges, and misbehaves as `faults` says."""
-    files, faults, asked = {}, {}, []
-
+    """Serves one-shard with ranges, and misbehaves as `fault` says."""
     def do_GET(self):
-        self.asked.append((self.path, self.headers.get("Range")))
-        name = os.path.basename(self.path)
-        fault, data = self.faults.get(name), self.files[name]
-        first = int((self.headers.get("Range") or "bytes=0-")[6:-1])
-        if fault == 404:
+        self.asked.append((self.path, self.headers["Range"]))
+        data = (TF / "one-shard" / os.path.basename(self.path)).read_bytes()
+        if self.fault == "missing":
             return self.send_error(404)
-        first = 0 if fault == "whole" else first
+        first = 0 if self.fault == "no ranges" else int(self.headers["Range"][6:-1])
         self.send_response(206 if first else 200)
-        self.send_header("Content-Type", "text/html" if fault == "page" else "application/binary")
+        self.send_header("Content-Type", "text/html" if self.fault == "page" else "application/x")
         self.send_header("Content-Length", len(data) - first)
         self.end_headers()
-        self.wfile.write(data[first : len(data) // 2] if fault == "cut" else data[first:])
+        self.wfile.write(data[first : len(data) // 2 if self.fault == "cut" else None])
 
 def test_download(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(load_gpt2, "URL", f"http://127.0.0.1:{server.server_port}/x")
     hparams, data = names = ["hparams.json", load_gpt2.DATA]
-    for name in names:
-        Server.files[name] = (TF / "one-shard" / name).read_bytes()
+    files = {name: (TF / "one-shard" / name).read_bytes() for name in names}
 
-    def fetched(folder, **faults):
-        Server.faults = {hparams if name == "h" else data: fault for name, fault in faults.items()}
-        Server.asked.clear()
-        load_gpt2.download("124M", str(folder))
-        assert {path.name: path.read_bytes() for path in folder.iterdir()} == Server.files
-        return list(Server.asked)
+    def fetched(folder, fault=None):
+        """-> what the server was asked for."""
+        Server.fault, Server.asked = fault, []
+        load_gpt2.download("124M", str(tmp_path / folder))
+        assert {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()} == files
+        return Server.asked
 
-    assert fetched(tmp_path / "1") == [(f"/x/124M/{name}", "bytes=0-") for name in names]
-    assert fetched(tmp_path / "1") == []  # nothing is asked for again
-    half = len(Server.files[data]) // 2
-    refused(f"{data} failed.*{tmp_path / '2'} by hand.*part has", fetched, tmp_path / "2", d="cut")
-    assert fetched(tmp_path / "2") == [(f"/x/124M/{data}", f"bytes={half - 1}-")]  # it goes on
-    refused("part has", fetched, tmp_path / "3", d="cut")
-    fetched(tmp_path / "3", d="whole")  # some servers know no ranges
+    both = [(f"/x/124M/{name}", "bytes=0-") for name in names]
+    assert fetched("1") == both and fetched("1") == []  # nothing is asked for again
+    refused(f"{hparams} failed.*{tmp_path / '2'} by hand.*part has", fetched, "2", "cut")
+    half = len(files[hparams]) // 2
+    assert fetched("2") == [(f"/x/124M/{hparams}", f"bytes={half - 1}-"), both[1]]  # it goes on
+    refused("part has", fetched, "3", "cut")
+    fetched("3", "no ranges")  # some servers always send all
     (tmp_path / "4").mkdir()
-    (tmp_path / "4" / (data + ".part")).write_bytes(Server.files[data])  # all had come
-    fetched(tmp_path / "4")
-    for fault, words in ((404, "404"), ("page", "web page")):
-        refused(f"hparams.json failed.*{words}", fetched, tmp_path / "5", h=fault)
+    (tmp_path / "4" / (data + ".part")).write_bytes(files[data])  # all had come
+    fetched("4")
+    for fault, words in (("missing", "404"), ("page", "web page")):
+        refused(f"hparams.json failed.*{words}", fetched, "5", fault)
     server.shutdown()
     server.server_close()
-    refused("hparams.json failed.*refused", load_gpt2.download, "124M", str(tmp_path / "6"))
+    refused("hparams.json failed.*refused", fetched, "6")
 
 def test_every_command_of_the_readme(tmp_path, monkeypatch, capsys):
     """In their order, in one folder, on small models; pip, pytest and curl are left out."""
@@ -1277,20 +1155,20 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in re.findall(r"curl -o (\S+)", readme) + ["my.txt"]:
         shutil.copy(train.STORY, name)
-    with zipfile.ZipFile(TF / "vocab.zip") as archive:  # in place of what OpenAI's server has
-        archive.extractall("models/124M")
+    shutil.unpack_archive(TF / "vocab.zip", "models/124M")  # in place of OpenAI's server
     done = []
     blocks = "".join(re.findall(r"```sh\n(.*?)```", readme, flags=re.DOTALL))
-    for words in map(shlex.split, re.findall("(?:python|torchrun) .*", blocks)):
+    for line in re.findall("(?:python|torchrun) .*", blocks):
+        words = shlex.split(line)
         script, *flags = words[words.index("train.py") if "train.py" in words else 1 :]
         if script == "sample.py":
             flags += ["--max_new_tokens=3"]
         elif "--resume" in flags:
             flags += ["--max_iters=3"]
         elif script == "train.py":
-            small = SMALL[-3:] if "--init_from" in " ".join(flags) else SMALL
+            small = SMALL[-3:] if "--init_from" in line else SMALL
             flags += [*small, "--max_iters=2", "--eval_windows=1"]
-            for folder in re.findall("--out_dir=(.*)", "\n".join(flags)):
+            for folder in re.findall(r"--out_dir=(\S+)", line):
                 shutil.rmtree(folder, ignore_errors=True)  # several recipes write to it
         if words[0] == "torchrun":
             end(start(script, *flags, before=TORCHRUN))
@@ -1298,9 +1176,8 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch, capsys):
             main(script, *flags)
         done.append(script)
     assert set(done) == {"train.py", "sample.py", "load_gpt2.py"} and len(done) > 10
-    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     capsys.readouterr()
-    for block in blocks:
+    for block in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL):
         exec(block, {})
     for line in capsys.readouterr().out.splitlines()[:3]:  # ids, pieces and shapes
         assert line in readme
