@@ -158,7 +158,7 @@ def read_text(files):
         with explain(f"{name} cannot be read; give --data=PATH", OSError), open(name, "rb") as file:
             while data := b"".join(file.readlines(2**18)):  # whole lines, 256 kB or more
                 text = rest + decode_utf8(data, name, offset=file.tell() - len(data))
-                before, *after = re.split(r"\s{900000}", text, maxsplit=1)
+                before, *after = re.split(r"(?<!\s)\s{900000}", text, maxsplit=1)
                 require(not after, f"{name}: after {before[-30:]!r} come 900,000 white-space "
                         "characters, more than tiktoken takes")
                 part = text.rstrip()
