@@ -205,7 +205,6 @@ def test_bfloat16_is_exact_where_logits_are_centered():
     def error():
         half = gpt.with_weights(model.config, model.state_dict()).bfloat16()
         return abs(half(idx, targets).item() - loss)
-
     model, idx = tiny(vocab_size=500, n_embd=48), torch.randint(500, (64, 16))
     model.ln_f.bias.normal_(std=0.5)
     u = -100 * model.ln_f.bias / model.ln_f.bias.square().sum()
@@ -503,8 +502,11 @@ def test_accumulation_and_processes_do_not_change_the_run(tmp_path):
 def test_processes_that_meet_the_same_error_say_it_once(tmp_path):
     """torch.distributed would lose what is raised, or each process would say it."""
     (tmp_path / "short.txt").write_text("Only a few words here. " * 20)
-    for flag in ("--n_head=3", "--data=short.txt"):  # before the processes meet, and after it
-        _, err = end(start("train.py", *RUN, flag, before=TORCHRUN, cwd=tmp_path), status=1)
+    flags = ("--n_head=3", "--data=short.txt")  # before the processes meet, and after it
+    runs = [start("train.py", *RUN, flag, f"--out_dir={tmp_path / flag}", before=TORCHRUN,
+                  cwd=tmp_path) for flag in flags]
+    for flag, run in zip(flags, runs):
+        _, err = end(run, status=1)
         assert len(re.findall(f"train.py: error: .*{flag[7:]}", err)) == 1, err
 
 def test_torchruns_variables_that_do_not_fit(tmp_path, monkeypatch, capsys):
@@ -548,7 +550,6 @@ def test_what_a_fork_adds_is_trained_resumed_kept_and_not_exported(tmp_path, mon
         parser = original(doc)
         parser.add_argument("--rope", type=int)
         return parser
-
     monkeypatch.setattr(gpt, "start_script", start_script)
     monkeypatch.setattr(gpt, "GPTConfig", dataclasses.make_dataclass(
         "Fork", [("rope", int, 0)], bases=(GPTConfig,), frozen=True))
@@ -667,12 +668,10 @@ def test_folders_and_damaged_tokens_files(tmp_path, capsys):
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capfd, number):
     clip, steps = torch.nn.utils.clip_grad_norm_, itertools.count(1)
-
     def clip_and_signal(*arguments):
         if next(steps) in (3, 4, 5):
             signal.raise_signal(number)
         return clip(*arguments)
-
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_signal)
     for step, flags in ((3, f"--log_interval=2 --max_iters={10**18}"), (4, "--resume")):
         train_in(tmp_path, flags, status=128 + number)
@@ -691,7 +690,6 @@ def test_a_run_speaks_at_once_and_goes_on_alone_without_terminal_or_pipe(tmp_pat
             assert time.time() < started + 60
             time.sleep(0.05)
         return seen
-
     out = tmp_path / "out"
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     process = start("train.py", *RUN, "--max_iters=99999", cwd=tmp_path, before=["nohup"])
@@ -897,12 +895,10 @@ def test_the_flags_of_sample_arrive(sample, monkeypatch):
 
 def test_texts_are_streamed_in_whole_characters(sample, monkeypatch, capsys):
     rows = [gpt.encode(text + "<|endoftext|>") for text in (" a🙂<|endoftext|>", " x y z u")]
-
     def generate(model, idx, *_, **__):
         for column in zip(*rows[: len(idx)]):
             yield torch.tensor(column)
             shown.append(capsys.readouterr().out)
-
     monkeypatch.setattr(gpt, "generate", generate)
     for flag, end in (("--stop", ""), ("--no-stop", "<|endoftext|>")):
         shown = []
@@ -988,12 +984,10 @@ def test_hugging_face_folders_that_are_taken_or_refused(exported, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     config, path = tmp_path / "config.json", tmp_path / "model.safetensors"
     good, weights = json.loads(config.read_text()), safetensors.torch.load_file(path)
-
     def read(changed=None, **changes):
         config.write_text(json.dumps(good | changes))
         safetensors.torch.save_file(changed or weights, path)
         return load_gpt2.load_gpt2(str(tmp_path))
-
     for name, value in {"activation_function": "gelu", "layer_norm_epsilon": 1e-6, "n_layer": 0,
                         "scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True,
                         "model_type": "gptj", "add_cross_attention": True}.items():
@@ -1090,14 +1084,12 @@ def test_download(tmp_path, monkeypatch):
     monkeypatch.setattr(load_gpt2, "URL", f"http://127.0.0.1:{server.server_port}/x")
     hparams, data = names = ["hparams.json", load_gpt2.DATA]
     files = {name: (TF / "one-shard" / name).read_bytes() for name in names}
-
     def fetched(folder, fault=None):
         """-> what the server was asked for."""
         Server.fault, Server.asked = fault, []
         load_gpt2.download("124M", str(tmp_path / folder))
         assert {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()} == files
         return Server.asked
-
     both = [(f"/x/124M/{name}", "bytes=0-") for name in names]
     assert fetched("1") == both and fetched("1") == []  # nothing is asked for again
     refused(f"{hparams} failed.*{tmp_path / '2'} by hand.*part has", fetched, "2", "cut")
