@@ -258,7 +258,7 @@ import traceback
 import zipfile
 
 import numpy as np
-import tiktoken.load
+import tiktoken
 
 class InputError(ValueError):
     """What the user gave cannot work. The message says what it is and what to do."""
@@ -298,6 +298,7 @@ def dropout(x, p, training=True):
 
 # ---- Text and tokens -----------------------------------------------------------------------------
 DATA_DIR = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data")
+VOCAB_PATH = os.path.join(DATA_DIR, "vocab.bpe")
 END_OF_TEXT = 50256  # <|endoftext|>, which stood between the documents GPT-2 was trained on
 # A text is first cut into pieces, and no token spans two of them. ++ is +, only faster.
 PATTERN = (r"'(?:[sdmt]|ll|ve|re)"  # the ending of an English word, as in it's
@@ -305,14 +306,31 @@ PATTERN = (r"'(?:[sdmt]|ll|ve|re)"  # the ending of an English word, as in it's
            r"| ?[^\s\p{L}\p{N}]++"  # punctuation
            r"|\s++$|\s+(?!\S)|\s")  # white space, but for the space that belongs to a word
 
+def byte_spelling():
+    """-> {character of vocab.bpe: the byte it stands for}, in the order of the tokens 0 to 255: the
+    printable bytes stand for themselves, the other 68 are spelled chr(256) to chr(323)."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+def merges(path):
+    """The lines of a file such as vocab.bpe that join two tokens: all but the first."""
+    with open(path, encoding="utf-8") as file:
+        return file.read().splitlines()[1:]
+
+def vocabulary():
+    """-> {token as vocab.bpe spells it: id}: each byte, then what each line of vocab.bpe joins, as
+    the two bytes of "é", then <|endoftext|>. Every byte is a token, so there is no unknown one."""
+    joined = [pair.replace(" ", "") for pair in merges(VOCAB_PATH)]
+    return {token: i for i, token in enumerate([*byte_spelling(), *joined, "<|endoftext|>"])}
+
 @functools.lru_cache
 def get_tokenizer():
-    """GPT-2's byte-pair encoding, a tiktoken.Encoding. Each line of data/vocab.bpe after the first
-    joins two tokens into a new one, with the next id: so the two bytes of "é" become one. A text is
-    encoded by joining the pair with the lowest id, again and again. Every byte is a token."""
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # "": tiktoken keeps no copies of the two files
-    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
-        os.path.join(DATA_DIR, "vocab.bpe"), os.path.join(DATA_DIR, "export", "vocab.json"))
+    """GPT-2's byte-pair encoding, a tiktoken.Encoding. It encodes a text by joining the pair that
+    makes the lowest id, again and again."""
+    byte_of = byte_spelling()
+    ranks = {bytes(byte_of[c] for c in token): i for token, i in vocabulary().items()}
+    del ranks[b"<|endoftext|>"]  # only as a special token
     return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": END_OF_TEXT}, explicit_n_vocab=50257)
 

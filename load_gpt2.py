@@ -24,14 +24,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gpt import (DATA_DIR, GPT, GPTConfig, explain, load_checkpoint, require, save_checkpoint,
-                 start_script, with_weights)
+from gpt import (DATA_DIR, GPT, VOCAB_PATH, GPTConfig, explain, load_checkpoint, merges, require,
+                 save_checkpoint, start_script, vocabulary, with_weights)
 
 SIZES = ("124M", "355M", "774M", "1558M")
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 HPARAMS = "hparams.json"
 DATA = "model.ckpt.data-00000-of-00001"
-VOCAB_PATH = os.path.join(DATA_DIR, "vocab.bpe")
 EXPORT_DIR = os.path.join(DATA_DIR, "export")  # what is the same in every folder for other tools
 # Hugging Face's names of our sizes.
 HUGGING_FACE = {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer",
@@ -83,15 +82,10 @@ def read_openai(folder):
             weights[name] = torch.from_numpy(array).view(shapes[name])
     return config, weights
 
-def merges(path):
-    """The lines of a file such as vocab.bpe that join two tokens: all but the first."""
-    with open(path, encoding="utf-8") as file:
-        return file.read().splitlines()[1:]
-
 def require_tokenizer(folder):
     """Refuses a folder whose tokenizer is not GPT-2's. There are others with as many tokens, and a
     model that was trained with one writes nonsense with GPT-2's."""
-    ids = read_json(os.path.join(EXPORT_DIR, "vocab.json"))
+    ids = vocabulary()
     pairs = merges(VOCAB_PATH)
     for name, expected in (("vocab.json", ids), ("tokenizer.json", ids), ("merges.txt", pairs)):
         path = os.path.join(folder, name)
@@ -197,6 +191,7 @@ def export(path, folder):
     contents["config.json"] |= sizes | dropouts | {"n_ctx": config.block_size}
     contents["generation_config.json"]["max_length"] = config.block_size
     contents["tokenizer_config.json"]["model_max_length"] = config.block_size
+    contents["vocab.json"] = vocabulary()
     tokenizer = {"vocab": contents["vocab.json"], "merges": merges(VOCAB_PATH)}
     contents["tokenizer.json"]["model"] |= tokenizer
     try:

@@ -31,8 +31,7 @@ import torch.distributed as dist
 
 from gpt import (DATA_DIR, DTYPES, END_OF_TEXT, GPT, GPTConfig, center_logits, choose_device,
                  decode_utf8, encode, explain, generate, get_tokenizer, load_checkpoint, number,
-                 one_line, require, save_checkpoint, start_script, whole_file,
-                 with_weights)
+                 one_line, require, save_checkpoint, start_script, whole_file, with_weights)
 
 STORY = os.path.join(DATA_DIR, "story.txt")
 COLUMNS = ("iter", "tokens", "loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s")
@@ -365,9 +364,9 @@ def catch_signals():
     def finish(signum, _):
         caught.append(signum)
         signal.signal(signum, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # os.write, for the signal may interrupt a print
-            text = b"finishing the step, then saving; once more ends it without saving\n"
-            os.write(2, text if RANK == 0 else b"")
+        if RANK == 0:
+            with contextlib.suppress(OSError):  # os.write, for the signal may interrupt a print
+                os.write(2, b"finishing the step, then saving; once more ends it without saving\n")
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signum = getattr(signal, name, None)  # Windows has no SIGHUP
         if signum and signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
