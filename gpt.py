@@ -1,8 +1,5 @@
-"""GPT-2, the whole model: token ids in, token ids out.
+"""GPT-2, the whole model: token ids in, token ids out. It goes down to `beam_search`.
 
-The model goes down to `beam_search`. It needs one function from further down: `dropout`, which is
-F.dropout, faster on a CPU. An assert means a mistake in the program. `require` refuses what a user
-gave.
 Each tensor's shape stands beside it: B sequences of T tokens, C channels a token (n_embd), H heads
 of D = C / H channels each, V tokens in the vocabulary; S = T + the tokens that a KVCache holds.
 Sources: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), "Attention Is
@@ -49,6 +46,19 @@ def attend(q, k, v, dropout_p=0.0):
     mask = None if T in (1, S) else causal_mask(q, S)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p,
                                           is_causal=T == S)
+
+def dropout(x, p, training=True):
+    """F.dropout, faster on a CPU: while training, each element of x becomes 0 with probability p.
+    The others are scaled up. So the model cannot rely on any single one."""
+    if not training or p in (0, 1) or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p, training)
+    # PyTorch draws a number for each element. Here 64 random bits serve four elements: 16 bits,
+    # read as int16, are a number from -32768 to 32767. The lowest numbers drop their element.
+    bits = torch.randint(-2**63, 2**63 - 1, (x.numel() // 4 + 1,))  # int64
+    numbers = bits.view(torch.int16)[: x.numel()].view(x.shape)
+    n_low = round(p * 65536)  # how many of the 65,536 possible numbers drop theirs
+    keep = torch.ge(numbers, n_low - 32768, out=torch.empty_like(x))  # 0 or 1, in the dtype of x
+    return x * keep.mul_(65536 / (65536 - n_low))
 
 def linear(n_in, n_out, std=0.02):
     """An nn.Linear with weights from normal(0, std), 0.02 as in OpenAI's model.py, and biases 0."""
@@ -222,9 +232,6 @@ def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
     its tokens, (n,) int64. After n steps the beams are the N = num_beams likeliest sequences of n
     tokens. The likeliest one that ends with stop_token is put aside in each step."""
     V = model.config.vocab_size
-    T = idx.shape[1]
-    require(T + max_new_tokens <= model.config.block_size, f"beam search: {T} + {max_new_tokens} "
-            f"tokens exceed block_size={model.config.block_size}")
     caches = [KVCache(model, num_beams) for _ in model.h]
     beams = idx.new_empty(num_beams, 0)  # (N, n)
     unseen = idx.expand(num_beams, -1)  # (N, T)
@@ -247,7 +254,7 @@ def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
     found.append((scores[0] / max(1, max_new_tokens), beams[0]))
     return max(found, key=lambda pair: pair[0])[1]
 
-# ---- Around the model (dropout, too, needs these imports) ----------------------------------------
+# ---- Around the model, which needs none of these imports -----------------------------------------
 import argparse
 import contextlib
 import functools
@@ -257,11 +264,11 @@ import time
 import traceback
 import zipfile
 
-import numpy as np
 import tiktoken
 
 class InputError(ValueError):
-    """What the user gave cannot work. The message says what it is and what to do."""
+    """What the user gave cannot work: the message says what to do. For what only a mistake in the
+    program can bring about there are asserts."""
 
 def require(condition, message):
     if not condition:
@@ -281,21 +288,6 @@ def one_line(error):
     """An error's message in one line, without the trace that C++ errors carry."""
     return " ".join(str(error).partition("\nException raised from")[0].split())
 
-def dropout(x, p, training=True):
-    """F.dropout, faster on a CPU: while training, each element of x becomes 0 with probability p.
-    The others are scaled up. So the model cannot rely on any single one."""
-    if not training or p in (0, 1) or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p, training)
-    # PyTorch draws a number for each element. NumPy draws 64 bits, which serve four elements: 16
-    # bits, read as int16, are a number from -32768 to 32767. The lowest numbers drop their element.
-    seed = int(torch.randint(2**62, ()))  # torch.manual_seed decides here too
-    generator = np.random.Generator(np.random.SFC64(seed))  # NumPy's fastest
-    words = generator.integers(0, 2**64, x.numel() // 4 + 1, dtype=np.uint64)
-    numbers = torch.from_numpy(words.view(np.int16))[: x.numel()].view(x.shape)
-    n_low = min(round(p * 65536), 65535)  # how many of the 65,536 possible numbers drop theirs
-    keep = torch.ge(numbers, n_low - 32768, out=torch.empty_like(x))  # 0 or 1, in the dtype of x
-    return x * keep.mul_(65536 / (65536 - n_low))
-
 # ---- Text and tokens -----------------------------------------------------------------------------
 DATA_DIR = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data")
 VOCAB_PATH = os.path.join(DATA_DIR, "vocab.bpe")
@@ -313,15 +305,15 @@ def byte_spelling():
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
-def merges(path):
-    """The lines of a file such as vocab.bpe that join two tokens: all but the first."""
-    with open(path, encoding="utf-8") as file:
+def merges():
+    """The lines of vocab.bpe that join two tokens: all but the first."""
+    with open(VOCAB_PATH, encoding="utf-8") as file:
         return file.read().splitlines()[1:]
 
 def vocabulary():
     """-> {token as vocab.bpe spells it: id}: each byte, then what each line of vocab.bpe joins, as
     the two bytes of "é", then <|endoftext|>. Every byte is a token, so there is no unknown one."""
-    joined = [pair.replace(" ", "") for pair in merges(VOCAB_PATH)]
+    joined = [pair.replace(" ", "") for pair in merges()]
     return {token: i for i, token in enumerate([*byte_spelling(), *joined, "<|endoftext|>"])}
 
 @functools.lru_cache
@@ -336,11 +328,11 @@ def get_tokenizer():
 
 def encode(text):
     """text -> list of token ids. <|endoftext|> in it becomes 50256, the one special token."""
-    return get_tokenizer().encode(text, allowed_special="all")
+    with explain("a million white-space characters in a row cannot be encoded", ValueError):
+        return get_tokenizer().encode(text, allowed_special="all")
 
 def decode_utf8(data, name, offset=0):
-    """Bytes that stand at offset in a file -> text with \\n at each line's end, without byte-order
-    marks, some of which stand in the middle of a file that was joined."""
+    """The bytes at offset in a file -> text, with \\n as line ends and no byte-order marks."""
     nul = data.find(b"\0")
     require(nul < 0, f"{name}: byte {offset + nul} is NUL, as in UTF-16; save the file as UTF-8")
     try:
@@ -374,14 +366,12 @@ def load_checkpoint(path, verify=False):
     """path -> GPT on the CPU, in eval mode; dict of the training state. Runs no code of the file.
     verify compares checksums. Without it weights stay in the file until they are used: meanwhile do
     not write into it. whole_file may rename another over it, except on Windows."""
-    os.stat(path)  # raises FileNotFoundError, before all errors are explained alike
     with explain(f"{path} cannot be read as a checkpoint; try another, such as best.pt", Exception):
         require(not verify or zipfile.ZipFile(path).testzip() is None, "wrong checksum")
         state = torch.load(path, weights_only=True, mmap=not verify, map_location="cpu")
         config = state.pop("config")
         require(config.pop("bias", True), "it has no biases, and GPT-2 has")
-        V = config["vocab_size"]
-        require(V == GPTConfig.vocab_size, f"it has {V} tokens, GPT-2 has {GPTConfig.vocab_size}")
+        require(config["vocab_size"] == GPTConfig.vocab_size, "its vocabulary is not GPT-2's")
         # Who saves a compiled model has _orig_mod. before each name.
         weights = {k.removeprefix("_orig_mod."): w for k, w in state.pop("model").items()}
         return with_weights(GPTConfig(**config), weights).eval(), state
@@ -424,13 +414,13 @@ def show_error(kind, error, trace):
     sys.exit(2)
 
 def start_script(doc):
-    """-> an ArgumentParser with one-line errors. show_error gets all other errors of the script."""
+    """-> an ArgumentParser: what is not typed and has no default is absent from its result."""
     sys.excepthook = show_error
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stream lacks it
         sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a log gets lines at once
     return argparse.ArgumentParser(description=doc.partition("\n")[0], usage=argparse.SUPPRESS,
                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                   allow_abbrev=False)
+                                   argument_default=argparse.SUPPRESS, allow_abbrev=False)
 
 def number(kind, low, high=sys.float_info.max):
     """A type for argparse: an int or float from low to high, so never nan or infinite."""

@@ -8,7 +8,6 @@ The first two write models/gpt2-124M.pt or models/FOLDER.pt, for sample.py and t
 TensorFlow's Saver wrote OpenAI's variables one after the other, sorted by name, without gaps. Their
 names and shapes follow from hparams.json. The file's size shows if one is missing or too many.
 """
-import argparse
 import glob
 import http.client
 import json
@@ -55,19 +54,19 @@ def read_json(path):
         return json.load(file)
 
 def config_from(path, **names):
-    """A JSON file, and its names for the fields of GPTConfig -> GPTConfig."""
+    """A JSON file, and its names for the fields of GPTConfig -> GPTConfig, the file's content."""
     content = read_json(path)
-    for name in names.values():
-        size = content.get(name) if isinstance(content, dict) else None
-        require(isinstance(size, int) and size > 0, f"{path}: {name} is {size}, and not 1 or more")
-    config = GPTConfig(**{field: content[name] for field, name in names.items()})
-    require(config.n_embd % config.n_head == 0, f"{path}: n_embd is no multiple of n_head")
-    return config
+    with explain(f"{path} does not have the sizes of a GPT-2", LookupError, TypeError):
+        sizes = {field: content[name] for field, name in names.items()}
+    fit = all(type(size) is int and size > 0 for size in sizes.values())
+    require(fit and sizes["n_embd"] % sizes["n_head"] == 0, f"{path} has impossible sizes: {sizes}")
+    return GPTConfig(**sizes), content
 
 def read_openai(folder):
     """-> GPTConfig, {our name: tensor as stored}."""
-    config = config_from(os.path.join(folder, HPARAMS), vocab_size="n_vocab", block_size="n_ctx",
-                         n_layer="n_layer", n_head="n_head", n_embd="n_embd")
+    path = os.path.join(folder, HPARAMS)
+    config, _ = config_from(path, vocab_size="n_vocab", block_size="n_ctx", n_layer="n_layer",
+                            n_head="n_head", n_embd="n_embd")
     with torch.device("meta"):
         shapes = {name: transposed(name, p).shape for name, p in GPT(config).named_parameters()}
     path = os.path.join(folder, DATA)
@@ -85,22 +84,18 @@ def read_openai(folder):
 def require_tokenizer(folder):
     """Refuses a folder whose tokenizer is not GPT-2's. There are others with as many tokens, and a
     model that was trained with one writes nonsense with GPT-2's."""
-    ids = vocabulary()
-    pairs = merges(VOCAB_PATH)
-    for name, expected in (("vocab.json", ids), ("tokenizer.json", ids), ("merges.txt", pairs)):
+    for name in ("vocab.json", "tokenizer.json"):  # older tools wrote one, newer ones the other
         path = os.path.join(folder, name)
         if os.path.exists(path):
+            found = read_json(path)
             with explain(f"{path} is not GPT-2's tokenizer", LookupError, TypeError, ValueError):
-                found = merges(path) if name == "merges.txt" else read_json(path)
-                if name == "tokenizer.json":
-                    found = found["model"]["vocab"]
-                require(found == expected, "it has other tokens")
+                ids = found["model"]["vocab"] if name == "tokenizer.json" else found
+                require(ids == vocabulary(), "it has other tokens")
 
 def read_hugging_face(folder):
     """Returns what read_openai returns."""
     path = os.path.join(folder, "config.json")
-    config = config_from(path, **HUGGING_FACE)
-    content = read_json(path)
+    config, content = config_from(path, **HUGGING_FACE)
     for name, allowed in {"model_type": ("gpt2",), "add_cross_attention": (False,),
                           "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
                           "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,),
@@ -165,23 +160,19 @@ def download(size, folder):
             if not os.path.exists(path):
                 fetch(f"{URL}/{size}/{name}", path)
 
-# The layers of a block.
-LAYERS = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-
 def export(path, folder):
-    """Writes the checkpoint at path as a new folder, which is removed again if that fails. Beside
-    the weights it holds what they cannot say: the number of heads, the activation, the tokenizer.
-    Raises InputError for a model that is not GPT-2, since other programs would run it as one."""
+    """Writes the checkpoint at path as a new folder, which is removed again if that fails. Raises
+    InputError for a model that is not GPT-2, since other programs would run it as one."""
     require(not os.path.exists(folder), f"{folder} exists: name a new folder")
     model, _ = load_checkpoint(path, verify=True)
     config = model.config
     tensors = {name: transposed(name, weight) for name, weight in model.state_dict().items()}
-    layers = ["ln_f", *(f"h.{i}.{name}" for i in range(config.n_layer) for name in LAYERS)]
+    layers = ["ln_f"] + [f"h.{i}.{layer}" for i in range(config.n_layer) for layer in (
+        "ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")]
     known = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
     known |= {"wte.weight", "wpe.weight", "dropout", *HUGGING_FACE}
-    found = tensors.keys() | asdict(config).keys()
-    others = sorted(found - known) + [f"no {name}" for name in sorted(known - found)]
-    require(not others, f"{path}: the export knows GPT-2 alone: {', '.join(others)}")
+    differs = sorted(known ^ (tensors.keys() | asdict(config).keys()))  # new here, or not here
+    require(not differs, f"{path} is not GPT-2: {', '.join(differs)}")
     require(config.vocab_size == 50257, f"{path}: the export knows only GPT-2's tokenizer")
 
     contents = {name: read_json(os.path.join(EXPORT_DIR, name)) for name in os.listdir(EXPORT_DIR)
@@ -192,8 +183,7 @@ def export(path, folder):
     contents["generation_config.json"]["max_length"] = config.block_size
     contents["tokenizer_config.json"]["model_max_length"] = config.block_size
     contents["vocab.json"] = vocabulary()
-    tokenizer = {"vocab": contents["vocab.json"], "merges": merges(VOCAB_PATH)}
-    contents["tokenizer.json"]["model"] |= tokenizer
+    contents["tokenizer.json"]["model"] |= {"vocab": vocabulary(), "merges": merges()}
     try:
         with explain(f"{folder} could not be written", SafetensorError, OSError):
             os.makedirs(folder)
@@ -210,30 +200,26 @@ def export(path, folder):
 
 if __name__ == "__main__":
     parser = start_script(__doc__)
-    parser.formatter_class = argparse.HelpFormatter  # there are no defaults to show
     parser.add_argument("source", nargs="?", help="a size or a folder")
     parser.add_argument("--export", nargs=2, metavar=("CHECKPOINT", "FOLDER"), help="the way back")
     parser.add_argument("--out", help="the checkpoint to write (default: models/NAME.pt)")
     args = parser.parse_args()
-    if args.export:
-        require(not (args.source or args.out), "--export takes a checkpoint and a folder alone")
+    if "export" in args:
+        require(len(vars(args)) == 1, "--export takes a checkpoint and a folder alone")
         export(*map(os.path.expanduser, args.export))
         print(f"wrote {args.export[1]}")
         sys.exit()
-    require(args.source, "give a size, a folder, or --export; --help lists the flags")
+    require("source" in args, "give a size, a folder, or --export; --help lists the flags")
     folder = os.path.expanduser(args.source)
     name = os.path.basename(os.path.abspath(folder))
-    to_fetch = args.source in SIZES and not os.path.exists(folder)
-    if to_fetch:
+    if args.source in SIZES and not os.path.exists(folder):
         folder = os.path.join("models", args.source)
         name = f"gpt2-{args.source}"
-    out = os.path.expanduser(args.out or os.path.join("models", f"{name}.pt"))
-    require(not os.path.exists(out), f"{out} exists: delete it, or name another file with --out")
-    if to_fetch:
         download(args.source, folder)
+    out = os.path.expanduser(vars(args).get("out", os.path.join("models", f"{name}.pt")))
+    require(not os.path.exists(out), f"{out} exists: delete it, or name another file with --out")
     model = load_gpt2(folder)
-    V = model.config.vocab_size
-    require(V == GPTConfig.vocab_size, f"{folder} has {V} tokens, GPT-2 has {GPTConfig.vocab_size}")
+    require(model.config.vocab_size == GPTConfig.vocab_size, f"{folder} has another vocabulary")
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     save_checkpoint(out, model, step=0)
     print(f"wrote {out}; try: python sample.py --checkpoint={out}")

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt import (DTYPES, END_OF_TEXT, beam_search, center_logits, choose_device, decode_utf8,
-                 encode, explain, generate, get_tokenizer, load_checkpoint, number, require,
-                 start_script)
+                 encode, generate, get_tokenizer, load_checkpoint, number, require, start_script)
 
 @torch.inference_mode()
 def score(model, ids):
@@ -39,8 +38,8 @@ def score(model, ids):
 parser = start_script(__doc__)
 flag = parser.add_argument
 flag("--start", default="", help="the prompt: text, FILE:path, or - for standard input")
-flag("--score", metavar="FILE", default=argparse.SUPPRESS, help="print the loss of a text and end; "
-     "bits a byte can be compared with those of a model with other tokens")
+flag("--score", metavar="FILE",
+     help="print a text's loss; its bits a byte can be compared with those of other tokenizers")
 flag("--checkpoint", default="out/ckpt.pt", type=os.path.expanduser, help="whose weights to use")
 flag("--num_samples", type=number(int, 1), default=1, help="texts, computed as one batch")
 flag("--max_new_tokens", type=number(int, 0), default=200, help="tokens after the prompt")
@@ -59,8 +58,7 @@ args = parser.parse_args()
 sampling = ("temperature", "top_k", "top_p", "seed", "num_samples", "show")
 given = [name for name in sampling if getattr(args, name) != parser.get_default(name)]
 require(not (args.num_beams and given), f"--num_beams does not go with --{' --'.join(given)}")
-require(os.path.exists(args.checkpoint),
-        f"{args.checkpoint} is not there: run train.py, or load_gpt2.py 124M, first")
+require(os.path.exists(args.checkpoint), f"no {args.checkpoint}: run train.py or load_gpt2.py")
 source = f"FILE:{args.score}" if "score" in args else args.start
 text = source
 if source == "-" or source.startswith("FILE:"):
@@ -69,8 +67,7 @@ if source == "-" or source.startswith("FILE:"):
         text = decode_utf8(file.read(), path)
     if "score" not in args:  # editors end a file with \n, and a prompt should end in a word
         text = text.removesuffix("\n")
-with explain(f"{source[:50]!r} cannot be encoded", ValueError):  # it may have a million spaces
-    ids = encode(text)
+ids = encode(text)
 
 # Training needs float32 weights, because it adds up many small steps. Here 16 bits are enough.
 device, dtype = choose_device(args.device, args.dtype)
@@ -115,6 +112,7 @@ def show(probs, ids, token):
 
 start = time.perf_counter()
 if args.num_beams:
+    require(len(ids) + args.max_new_tokens <= limit, f"--num_beams cannot go past {limit} tokens")
     tokens = beam_search(model, idx, args.max_new_tokens, args.num_beams, stop_token)[:, None]
 else:
     tokens = generate(model, idx, args.max_new_tokens, temperature=args.temperature,

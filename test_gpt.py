@@ -194,12 +194,6 @@ def test_size_initialisation_and_first_loss():
             assert (parameter == name.endswith("weight")).all(), name
     assert model(idx, idx.roll(1)).item() == pytest.approx(math.log(50257), abs=0.1)
 
-def test_a_module_keeps_weights_that_it_set_itself(monkeypatch):
-    layer = torch.nn.Linear(9, 9)
-    torch.nn.init.zeros_(layer.weight)  # as LoRA does
-    monkeypatch.setattr(gpt, "MLP", lambda _: torch.nn.ModuleDict({"c_proj": layer}))
-    assert not GPT(GPTConfig(61, 16, 2, 3, 12)).h[1].mlp.c_proj.weight.any()
-
 def test_bfloat16_is_exact_where_logits_are_centered():
     """OpenAI's logits share an offset of about -100, where bfloat16 has steps of 0.5."""
     def error():
@@ -234,12 +228,12 @@ def test_sizes_shapes_and_modes_that_do_not_fit_are_asserted():
             ("n_embd=12.*n_head=5", GPT, GPTConfig(61, 16, 2, 5, 12)),
             ("17 tokens exceed", model, torch.zeros(1, 17, dtype=torch.int64)),
             ("eval", gpt.KVCache, tiny().train(), 1),  # dropout would spoil the text
-            (r"5 \+ 12 tokens exceed", gpt.beam_search, model, idx[:1, :5], 12, 2),
+            ("17 tokens exceed", gpt.beam_search, model, idx[:1, :5], 13, 2),
             ("idx", generated, model, idx[0], 1), ("idx", generated, model, idx[:, :0], 1),
             # A loss over other positions than those of idx would be wrong without a word.
             ("targets", model, idx, targets[:, :8]), ("targets", model, idx, targets[:1]),
             ("targets", model, idx, targets[0]), ("targets", model, idx, targets[:, :0])):
-        with pytest.raises((AssertionError, InputError), match=words):
+        with pytest.raises(AssertionError, match=words):
             call(*arguments)
 
 def test_cached_logits_equal_uncached():
@@ -464,12 +458,11 @@ def test_gradients_are_unscaled_before_they_are_clipped(tmp_path, scaler):
 
 def test_an_overflow_is_left_out_and_a_resume_keeps_scale_and_best(tmp_path, scaler, capsys):
     scaler["init_scale"] = 2.0**127
-    train_in(tmp_path, "--warmup_iters=0 --learning_rate=1 --eval_interval=4 --max_iters=4")
+    train_in(tmp_path, "--warmup_iters=0 --learning_rate=1 --lr_decay_iters=99 --max_iters=8")
     norms, scale = column(tmp_path, "grad_norm"), load(tmp_path)[1]["scaler"]["scale"]
     assert not math.isfinite(norms[0]) and math.isfinite(norms[-1])
-    train_in(tmp_path, "--resume --max_iters=5")
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "no evaluation was better than the first"
+    train_in(tmp_path, "--resume --max_iters=9")
+    assert "at step 0\n" in capsys.readouterr().out  # the best one
     state, best = load(tmp_path)[1], load(tmp_path / "best.pt")[1]
     assert state["scaler"]["scale"] <= scale <= 2.0**125
     assert state["best"] == best == {"step": 0, "val_loss": min(column(tmp_path, "val_loss"))}
@@ -503,12 +496,12 @@ def test_accumulation_and_processes_do_not_change_the_run(tmp_path):
 def test_processes_that_meet_the_same_error_say_it_once(tmp_path):
     """torch.distributed would lose what is raised, or each process would say it."""
     (tmp_path / "short.txt").write_text("Only a few words here. " * 20)
-    flags = ("--n_head=3", "--data=short.txt")  # before the processes meet, and after it
+    faults = {"--n_head=3": "n_head=3", "--data=short.txt": "13 tok"}  # before they meet, and after
     runs = [start("train.py", *RUN, flag, f"--out_dir={tmp_path / flag}", before=TORCHRUN,
-                  cwd=tmp_path) for flag in flags]
-    for flag, run in zip(flags, runs):
+                  cwd=tmp_path) for flag in faults]
+    for run, words in zip(runs, faults.values()):
         _, err = end(run, status=1)
-        assert len(re.findall(f"train.py: error: .*{flag[7:]}", err)) == 1, err
+        assert len(re.findall(f"train.py: error: .*{words}", err)) == 1, err
 
 def test_torchruns_variables_that_do_not_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")  # without WORLD_SIZE it means nothing
@@ -519,7 +512,7 @@ def test_torchruns_variables_that_do_not_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    refused(r"1 GPU\(s\) here: --nproc_per_node=1", train_in, tmp_path / "b", "--device=auto")
+    refused("--nproc_per_node is above the GPUs", train_in, tmp_path / "b", "--device=auto")
 
 @posix
 def test_one_ctrl_c_saves_the_run_of_two_processes(tmp_path):
@@ -561,8 +554,9 @@ def test_what_a_fork_adds_is_trained_resumed_kept_and_not_exported(tmp_path, mon
         assert model.config.rope == 7
     model.h[1].gate = torch.nn.Linear(2, 2)
     monkeypatch.setattr(load_gpt2, "load_checkpoint", lambda *_, **__: (model, {}))
-    refused("GPT-2 alone: h.1.gate.bias, h.1.gate.weight, rope$", load_gpt2.export, "x.pt",
-            str(tmp_path / "c"))
+    del model.wpe
+    refused("x.pt is not GPT-2: h.1.gate.bias, h.1.gate.weight, rope, wpe.weight$",
+            load_gpt2.export, "x.pt", str(tmp_path / "c"))
     assert not (tmp_path / "c").exists()
 
 ARGS = argparse.Namespace(learning_rate=1.0, min_lr=0.1, seed=5, batch_size=3, windows_per_step=6)
@@ -580,9 +574,7 @@ def test_schedule(warmup, decay):
 def test_a_warm_up_that_is_not_shorter_than_the_run(tmp_path, capsys):
     """Going on, it would climb to the peak and fall tenfold in a step."""
     train_in(tmp_path, "--max_iters=2")
-    out = capsys.readouterr().out
-    assert "the warm-up is not shorter than lr_decay_iters" in out
-    assert " left" not in re.search("^iter 0 .*", out, re.M)[0]  # nothing is known of it yet
+    assert "the warm-up is not shorter than lr_decay_iters" in capsys.readouterr().out
     train_in(tmp_path, "--resume --max_iters=6")
     assert column(tmp_path, "lr")[2:] == pytest.approx([4e-5] * 4)
     assert "warm-up" not in capsys.readouterr().out
@@ -640,9 +632,7 @@ def test_tokens_in_parts_equal_tokens_of_the_whole(tmp_path, monkeypatch):
         tokens, _ = train.load_tokens("data", args, {})
         assert tokens.tolist() == gpt.encode(text.replace("\r\n", "\n").replace(bom, ""))
     monkeypatch.undo()
-    for text in ("x" * 2**24, "x" + "\n" * 899_999):  # one line, white space alone: in no time
-        path.write_bytes(text.encode())
-        assert "".join(train.read_text([str(path)])) == text
+    path.write_bytes(b"x" * 2**24 + b"\n" * 899_999)  # where older versions of tiktoken hang
     assert len(train.load_tokens("data", args, {})[0]) > 1000
 
 def test_folders_and_damaged_tokens_files(tmp_path, capsys):
@@ -757,10 +747,6 @@ def test_damaged_and_hostile_checkpoints_are_refused(tmp_path, monkeypatch):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         refused(f"^x.pt cannot be read as a checkpoint.*best.pt .*{words}", load, "x.pt")
     assert not os.path.exists("executed")
-    if sys.platform == "linux":  # PyTorch takes no such name: the cause is said
-        path = os.fsdecode(b"\xff.pt")
-        pathlib.Path(path).write_bytes(good)
-        refused("cannot be read .*utf-8", gpt.load_checkpoint, path)
 
 FILES = {
     "empty.txt": b"", "empty.bin": b"", "odd.bin": b"abc", "latin.txt": b"caf\xe9 " * 9,
@@ -772,29 +758,29 @@ FILES = {
     "white.txt": b"x" + b" " * 10**6 + b"y", "npy.bin": b"\x93NUMPY\x01\x00" + b"12" * 99}
 FAULTS = {  # what users of such projects met: by script, flags and what the message must say
     "train.py": (
-        ("--data=empty.txt", "no text"), ("--data=w", "no text"), ("--min_lr=1", "=1.0 is above"),
+        ("--data=empty.txt", "no text"), ("--data=w", "w cannot"), ("--min_lr=1", "=1.0 is above"),
         ("--data=x.txt", "x.txt.*--data=P"), ("--data=latin.txt", r"latin.txt: byte 3 \(0xe9\)"),
         ("--data=bare.txt", "byte 1 is NUL"), ("--data=utf16.txt", "byte 3 is NUL"),
         ("--data=nul.txt", f"nul.txt: byte {2**21 + 3} is NUL"), ("--data=x32.bin", "wider"),
-        ("--data=word.txt", "too short.*more text is needed"), ("--init_from=bias.pt", "no biases"),
-        ("--data=white.txt", "white.txt: after 'x' come 900,000"), ("--data=npy.bin", "npy file"),
+        ("--data=word.txt", "1 tokens to val.* 0$"), ("--init_from=bias.pt", "no biases"),
+        ("--data=white.txt", "million white-space"), ("--data=npy.bin", "npy file"),
         ("--data=chars.bin", "largest id is 64, not 256"), ("--out_dir=latin.txt", "latin.txt"),
-        ("--data=short.txt", "13 .*--block_size is 12$"), ("--data=odd.bin", "bin .*multiple"),
+        ("--data=short.txt", "--block_size=32.* 13 .* 12$"), ("--data=odd.bin", "bin .*multiple"),
         ("--data=empty.bin", "bin .*empty"), ("--data=high.bin", "largest id is 50257"),
         ("--batchsize=2", "--batchsize"), ("--learning_rate=nan", "nan"), ("--resume", "out.ckpt"),
         ("--dropout=1", "t: 1 is not"), ("--device=cuda:99", "cuda:99"), ("--device=gpu", "gpu is"),
-        ("--init_from=page.pt", "page.pt"), ("--init_from=vocab.pt --block_size=16", "61 tokens"),
+        ("--init_from=page.pt", "page.pt"), ("--init_from=vocab.pt --block_size=16", "vocabulary"),
         ("--init_from=small.pt --block_size=16 --n_layer=2", "n_layer=2 .*1"),
         ("--init_from=small.pt --block_size=32", "32.*16")),
     "sample.py --checkpoint=small.pt": (
         ("--num_beams=2 --top_p=0.5 --num_samples=2", "beams does not go with --top_p --num_sam"),
-        (f"--num_beams=2 --start='{17 * ' x'}'", "17.*16"), ("--score=gone.txt", "gone.txt"),
+        (f"--num_beams=2 --start='{17 * ' x'}'", "past 16 "), ("--score=gone.txt", "gone.txt"),
         ("--score=word.txt", "1 token.* two are needed"), ("--temperature=-1", "-1"),
         ("--start=FILE:white.txt", "cannot be encoded"), ("--temperature=nan", "nan"),
-        ("--checkpoint=gone.pt", "gone.pt.*load_gpt2.py"), ("--checkpoint=vocab.pt", "61"),
+        ("--checkpoint=gone.pt", "gone.pt.*load_gpt2.py"), ("--checkpoint=vocab.pt", "vocabulary"),
         ("--checkpoint=nan.pt", "not finite"), ("--top_k=-1", "-1"), ("--top_p=0", "0")),
     "load_gpt2.py": (("w", "w is neither"), ("", "--export"), ("--export small.pt w", "w exists"),
-                     ("--export vocab.pt new", "vocab.pt .*it has 61 tokens, GPT-2 has 50257"))}
+                     ("--export vocab.pt new", "vocab.pt .*vocabulary is not GPT-2's"))}
 
 def test_faults_get_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -820,7 +806,7 @@ def test_faults_get_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys):
             message = f"{getattr(error, 'filename', None)}: {error}"
         assert re.search(words, message) and "\n" not in message, (flags, message)
         left = set(os.listdir("out") if os.path.exists("out") else ())
-        assert left <= ({"lock", "data.bin"} if "too short" in message else {"lock"}), flags
+        assert left <= ({"lock", "data.bin"} if "too long" in message else {"lock"}), flags
         shutil.rmtree("out", ignore_errors=True)
     for script in ("sample.py", "load_gpt2.py", "train.py"):
         main(script, "--help")
@@ -929,8 +915,8 @@ def test_a_checkpoint_by_tensorflow_itself():
 
 @pytest.mark.parametrize("change, words", (
     ({"n_layer": 10}, "11,248 .*10,27"), ({"n_vocab": 24}, "11,248 .*11,264"),
-    ({"n_embd": None}, "json: n_embd .*None"), ({"n_layer": 0}, "json: n_layer .* 0"),
-    ({"n_head": 3}, "json: n_embd .* n_head"), (None, "hparams.json"),
+    ({"n_embd": None}, "json .*n_embd': None"), ({"n_layer": 0}, "json .*n_layer': 0"),
+    ({"n_head": 3}, "json .*n_head': 3"), (None, "hparams.json"), ([], "hparams.json"),
     ("short", "11,247 .*11,248"), ("gone", "model.ckpt.data-00000-of-00001 .* 0 bytes")))
 def test_damaged_openai_files_are_refused(tmp_path, change, words):
     shutil.copytree(TF / "one-shard", tmp_path, dirs_exist_ok=True)
@@ -992,8 +978,8 @@ def test_hugging_face_folders_that_are_taken_or_refused(exported, tmp_path):
     for name, value in {"activation_function": "gelu", "layer_norm_epsilon": 1e-6, "n_layer": 0,
                         "scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True,
                         "model_type": "gptj", "add_cross_attention": True}.items():
-        refused(f"config.json: .*{name}.*{value}", read, **{name: value})
-    for name in ("vocab.json", "merges.txt", "tokenizer.json"):  # GPT2-Spanish has 50,257 too
+        refused(f"config.json.*{name}.*{value}", read, **{name: value})
+    for name in ("vocab.json", "tokenizer.json"):  # GPT2-Spanish has 50,257 too
         text = (tmp_path / name).read_text("utf-8")
         (tmp_path / name).write_text(text.replace("he", "eh"), "utf-8")
         refused(f"{name} is not GPT-2's tokenizer", read)
@@ -1028,9 +1014,6 @@ def test_a_save_or_export_is_whole_or_not_at_all(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert os.listdir(tmp_path) == ["x.pt"]
     same(load(path)[0], second)
-    if os.path.exists("/dev/full"):  # who writes to it finds the disk full
-        os.symlink("/dev/full", tmp_path / "log.csv")
-        refused("log.csv .*No space left", train_in, tmp_path, "--max_iters=0")
 
 def test_converting_takes_the_folder_meant_and_replaces_nothing(exported, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1038,7 +1021,7 @@ def test_converting_takes_the_folder_meant_and_replaces_nothing(exported, tmp_pa
         shutil.copytree(exported[0], name)
     main("load_gpt2.py", "124M")  # the folder, and no download
     main("load_gpt2.py", "other/124M", "--out=new/x.pt")
-    for flags, words in (("124M", "models.124M.pt exists"), (TF / "one-shard", " 23 "),
+    for flags, words in (("124M", "models.124M.pt exists"), (TF / "one-shard", "other vocab"),
                          ("124M --out=new/x.pt", "new/x.pt exists"),
                          ("124M/model.safetensors", "nor a folder"), ("gpt2", "nor a folder")):
         refused(words, main, "load_gpt2.py", *str(flags).split())
@@ -1058,9 +1041,6 @@ def test_transformers_and_tokenizers_agree(exported, tmp_path):
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
     with torch.no_grad():
         assert (model(idx) - theirs(idx).logits).abs().max() < 1e-5 * theirs(idx).logits.std()
-    beams = theirs.generate(idx[:1], num_beams=4, do_sample=False, eos_token_id=None,
-                            pad_token_id=0, max_new_tokens=8)
-    assert torch.equal(gpt.beam_search(model, idx[:1], 8, 4), beams[0, 20:])
     theirs.save_pretrained(tmp_path, max_shard_size="2MB")  # in several files
     assert len(list(tmp_path.glob("model*.safetensors"))) > 1
     same(load_gpt2.load_gpt2(str(tmp_path)), model)

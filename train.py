@@ -13,16 +13,15 @@ import csv
 import ctypes
 import datetime
 import functools
+import glob
 import hashlib
-import itertools
 import math
 import os
-import re
 import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
 import filelock
 import numpy as np
@@ -54,13 +53,12 @@ def flags():
     parser = start_script(__doc__)
     path = os.path.expanduser  # ~ is the home folder
     count = number(int, 1)
-    unset = argparse.SUPPRESS  # such a flag is absent from args unless it was typed
     flag = parser.add_argument_group("what to read and write").add_argument
     flag("--data", type=path, default=STORY, help="text, folder of .txt, or .bin")
-    flag("--val_data", type=path, default=unset, help="as --data (default: the last tenth of it)")
+    flag("--val_data", type=path, help="as --data (default: the last tenth of it)")
     flag("--out_dir", type=path, default="out", help="where all results go")
-    flag("--resume", action="store_true", help="go on with the run in out_dir, with its flags")
-    flag("--init_from", type=path, default=unset, help="a checkpoint whose weights start a new run")
+    flag("--resume", action="store_true", default=False, help="go on with the run in out_dir")
+    flag("--init_from", type=path, help="a checkpoint whose weights start a new run")
     flag = parser.add_argument_group("model").add_argument
     flag("--n_layer", type=count, default=12, help="transformer blocks")
     flag("--n_head", type=count, default=12, help="attention heads in a block")
@@ -72,9 +70,9 @@ def flags():
     flag("--batch_size", type=count, default=2, help="windows in a micro-batch")
     flag("--gradient_accumulation_steps", type=count, default=1, help="micro-batches in a step")
     flag("--learning_rate", type=number(float, 1e-12), default=4e-4, help="the highest rate")
-    flag("--min_lr", type=number(float, 0), default=unset, help="default: learning_rate / 10")
+    flag("--min_lr", type=number(float, 0), help="default: learning_rate / 10")
     flag("--warmup_iters", type=number(int, 0), default=30, help="steps of linear warm-up")
-    flag("--lr_decay_iters", type=number(int, 0), default=unset, help="default: max_iters")
+    flag("--lr_decay_iters", type=number(int, 0), help="default: max_iters")
     flag("--weight_decay", type=number(float, 0), default=0.1, help="AdamW's weight decay")
     # AdamW averages about 1 / (1 - beta) gradients: 5 for 0.8, better in a short run than 0.9's 10.
     flag("--beta1", type=number(float, 0, 0.9999), default=0.8, help="AdamW's first beta")
@@ -89,31 +87,28 @@ def flags():
     flag = parser.add_argument_group("machine").add_argument
     flag("--device", default="auto", help="cuda, mps or cpu; auto: the first that is there")
     flag("--dtype", default="auto", choices=DTYPES, help="of matrix products; auto: what is fast")
-    flag("--compile", action=argparse.BooleanOptionalAction, default=unset, help="default: on cuda")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="default: on cuda")
     return parser
 
 # What --resume may change, batch_size only if windows_per_step stays: dropout then drops others.
-MAY_CHANGE = ("data", "val_data", "out_dir", "resume", "max_iters", "lr_decay_iters", "batch_size",
+MAY_CHANGE = ("data", "val_data", "resume", "max_iters", "lr_decay_iters", "batch_size",
               "gradient_accumulation_steps", "eval_interval", "eval_windows", "log_interval",
               "start", "device", "dtype", "compile")
 
 def starting_point(parser, args, ckpt_path):
     """-> args, whose defaults come from the checkpoint, if they name one; the GPT to train; the
     state of the run that goes on, or {}."""
-    state = {}
-    saved = {}
     require(not (args.resume and "init_from" in args), "--resume goes without --init_from")
     source = ckpt_path if args.resume else vars(args).get("init_from")
+    saved = {}
     if source:
         model, state = load_checkpoint(source, verify=True)
+        saved = asdict(model.config)
     if args.resume:
         require("val_data" in state, f"{source} has no run to go on: start one with --init_from")
-        saved = state["args"] | asdict(model.config) | {"out_dir": args.out_dir}  # it may move
+        saved |= state["args"] | {"out_dir": args.out_dir}  # it may have moved
     elif source:
-        state = {}
-        saved = asdict(model.config)
-        positions = saved["block_size"]
-        saved["block_size"] = min(positions, args.block_size)
+        saved["block_size"] = min(saved["block_size"], args.block_size)
         del saved["dropout"]
     args = parser.parse_args(namespace=argparse.Namespace(**saved))  # typed flags win over saved
     vars(args).setdefault("val_data", "")
@@ -121,29 +116,26 @@ def starting_point(parser, args, ckpt_path):
     vars(args).setdefault("lr_decay_iters", args.max_iters)
     args.windows_per_step = args.batch_size * args.gradient_accumulation_steps * PROCESSES
     changed = [f"{name}={getattr(args, name)} instead of {value}" for name, value in saved.items()
-               if not (args.resume and name in MAY_CHANGE) and getattr(args, name) != value]
-    cure = "a new run with --init_from may have other flags" if args.resume else "leave them out"
+               if name not in MAY_CHANGE and getattr(args, name) != value]
+    cure = "a new run may have other flags; with --init_from, all but those of the model"
     if "windows_per_step" in str(changed):
         cure = "windows_per_step is batch_size x gradient_accumulation_steps x processes"
     require(not changed, f"{source} cannot go on with {', '.join(changed)}; {cure}")
-    require(args.n_embd % args.n_head == 0,
-            f"--n_embd={args.n_embd} is no multiple of --n_head={args.n_head}")
+    require(args.n_embd % args.n_head == 0, f"n_head={args.n_head} does not divide {args.n_embd}")
     require(args.min_lr <= args.learning_rate, f"--min_lr={args.min_lr} is above --learning_rate")
-    if args.resume:
-        return args, model, state
-    names = {field.name for field in fields(GPTConfig)}
-    config = GPTConfig(**{name: value for name, value in vars(args).items() if name in names})
-    if source:
+    config = GPTConfig(**{k: v for k, v in vars(args).items() if k in vars(GPTConfig())})
+    if not source:
+        torch.manual_seed(args.seed)
+        model = GPT(config)
+    elif not args.resume:
+        positions = model.config.block_size
         weights = model.state_dict()
         weights["wpe.weight"] = weights["wpe.weight"][: args.block_size].clone()
         model = with_weights(config, weights)
         center_logits(model)
         if args.block_size < positions:
             say(f"the first {args.block_size} positions stay; --block_size={positions} keeps all")
-    else:
-        torch.manual_seed(args.seed)
-        model = GPT(config)
-    return args, model, state
+    return args, model, state if args.resume else {}
 
 # ---- Text to tokens ------------------------------------------------------------------------------
 def read_text(files):
@@ -157,9 +149,6 @@ def read_text(files):
         with explain(f"{name} cannot be read; give --data=PATH", OSError), open(name, "rb") as file:
             while data := b"".join(file.readlines(2**18)):  # whole lines, 256 kB or more
                 text = rest + decode_utf8(data, name, offset=file.tell() - len(data))
-                before, *after = re.split(r"(?<!\s)\s{900000}", text, maxsplit=1)
-                require(not after, f"{name}: after {before[-30:]!r} come 900,000 white-space "
-                        "characters, more than tiktoken takes")
                 part = text.rstrip()
                 yield part
                 rest = text[len(part) :]
@@ -167,18 +156,13 @@ def read_text(files):
 
 def write_tokens(path, kept, expected_hash):
     """Encodes a text, or a folder of texts, into the file `kept`, as uint16 (up to 65,535)."""
-    files = [path]
-    if os.path.isdir(path):
-        names = sorted(os.listdir(path))
-        files = [os.path.join(path, name) for name in names if name.lower().endswith(".txt")]
-    texts = read_text(files)
+    files = sorted(glob.glob(os.path.join(glob.escape(path), "*.[tT][xX][tT]"))) or [path]
     sha = hashlib.sha256()
     with whole_file(kept) as file:
-        while group := list(itertools.islice(texts, 16)):  # 8 threads encode these parts
-            for ids in get_tokenizer().encode_batch(group, allowed_special="all"):
-                tokens = np.array(ids, dtype=np.uint16)
-                sha.update(tokens)
-                file.write(tokens)
+        for text in read_text(files):
+            tokens = np.array(encode(text), dtype=np.uint16)
+            sha.update(tokens)
+            file.write(tokens)
             say(f"{path}: {len(files)} file(s), {file.tell() // 2:,} tokens", end="\r")
         say()
         require(file.tell() > 0, f"{path}: there is no text in it")
@@ -188,8 +172,8 @@ def load_tokens(flag, args, state):
     """--data or --val_data -> its tokens (n,) uint16, mapped from a file, and their hash. A text's
     tokens are kept in out_dir: a run goes on with them, whatever became of the text."""
     path = getattr(args, flag)
-    name = path
-    if not path.endswith(".bin"):  # such a file has tokens already, as nanoGPT writes them
+    name = path  # a .bin has tokens already, as nanoGPT writes them
+    if not path.endswith(".bin"):
         name = os.path.join(args.out_dir, f"{flag}.bin")
         ready = LOCAL_RANK > 0 or state.get("args", {}).get(flag) == path
         if not (ready and os.path.exists(name)):
@@ -209,8 +193,11 @@ def windows_in(tokens, args, purpose):
     """tokens (n,) -> a view of all their windows (n_windows, block_size + 1), which it counts in a
     printed line. Two neighbours share one token: the last of a window is a target only."""
     T = args.block_size
+    n = len(tokens)
+    require(n > T, f"--block_size={T} is too long for {n} tokens to {purpose}: it can be at most "
+            f"{max(n - 1, 0)}")
     windows = np.lib.stride_tricks.sliding_window_view(tokens, T + 1)[::T]
-    say(f"{len(tokens):,} tokens to {purpose}: {len(windows):,} windows of {T}, of which "
+    say(f"{n:,} tokens to {purpose}: {len(windows):,} windows of {T}, of which "
         f"{min(len(windows), args.eval_windows)} are evaluated")
     return windows
 
@@ -296,28 +283,25 @@ def record(row, log_csv, tokens_left):
     line = [f"{name} {value:.6g}" for name, value in row.items() if name != "tokens"]
     if "val_loss" in row:
         line.append(f"val_perplexity {math.exp(min(row['val_loss'], 700)):.6g}")
-    seconds_left = tokens_left / row.get("tokens_per_s", math.nan)
-    if seconds_left < 1e9:  # nan is not
-        line.append(f"{datetime.timedelta(seconds=int(seconds_left))} left")
+    if "tokens_per_s" in row:
+        line.append(f"{tokens_left / row['tokens_per_s'] / 60:.1f} min left")
     say(" | ".join(line))
 
 def stop_unless_finite(row, saved_at, scaler, args):
-    """Ends the script with status 1 if a number of row is infinite or nan, and says how to start
-    again."""
-    names = [name for name, value in row.items() if not math.isfinite(value)]
+    """Ends the script with status 1 if a number of row is not finite, and says how to go on."""
+    bad = [name for name, value in row.items() if not math.isfinite(value)]
     # When float16 overflows, the scaler skips the step and halves its factor. Below 1 that is over.
-    if not names or (names == ["grad_norm"] and scaler.is_enabled() and scaler.get_scale() >= 1):
+    if not bad or (bad == ["grad_norm"] and scaler.is_enabled() and scaler.get_scale() >= 1):
         return
-    lower = f"--learning_rate={args.learning_rate / 4:.1e}"
-    cure = f"There is no checkpoint yet: start again with {lower}"
+    cure = ""
     if saved_at >= 0:
         path = os.path.join(args.out_dir, "ckpt.pt")
         flags = (f"--init_from={path}", f"--data={args.data}", f"--val_data={args.val_data}",
-                 f"--block_size={args.block_size}", lower, "--out_dir=NEW")
-        cure = f"{path} still has step {saved_at}: python train.py {shlex.join(flags)}"
-    if RANK == 0:
-        print(f"train.py: error: {names[0]} is {row[names[0]]} at step {row['iter']} (learning "
-              f"rate {row.get('lr', 0):.1e}, {args.dtype}). {cure}", file=sys.__stderr__)
+                 f"--block_size={args.block_size}", f"--learning_rate={args.learning_rate / 4:.1e}",
+                 "--out_dir=NEW")
+        cure = f". {path} still has step {saved_at}: python train.py {shlex.join(flags)}"
+    say(f"train.py: error: {bad[0]} is {row[bad[0]]} at step {row['iter']} (learning rate "
+        f"{row.get('lr', 0):.1e}, {args.dtype}){cure}", file=sys.__stderr__)
     sys.exit(1)
 
 def show_sample(model, args):
@@ -351,11 +335,9 @@ def plot(log, tokens_per_step, path):
 def lock_folder(folder):
     """Only one run may write to a folder. The system drops the lock when this process ends."""
     os.makedirs(folder, exist_ok=True)
-    # is_singleton: a second %run in the same notebook is given the lock again.
-    lock = filelock.FileLock(os.path.join(folder, "lock"), is_singleton=True)
+    lock = filelock.FileLock(os.path.join(folder, "lock"), timeout=0, is_singleton=True)
     with explain(f"--out_dir={folder}: another train.py is using it", filelock.Timeout):
-        lock.acquire(timeout=0)
-    return lock
+        return lock.acquire()  # again, for a second %run in the same notebook
 
 def catch_signals():
     """-> a list that gets the signals which ask this process to end. The first ends the training
@@ -404,8 +386,7 @@ if __name__ == "__main__":
     args, model, state = starting_point(parser, args, ckpt_path)
 
     if PROCESSES > 1 and args.device != "cpu" and torch.cuda.is_available():
-        gpus = torch.cuda.device_count()
-        require(LOCAL_RANK < gpus, f"there are {gpus} GPU(s) here: --nproc_per_node={gpus} fits")
+        require(LOCAL_RANK < torch.cuda.device_count(), "--nproc_per_node is above the GPUs here")
         torch.cuda.set_device(LOCAL_RANK)  # the one that "cuda" means from here on
     device, dtype = choose_device(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
@@ -429,12 +410,8 @@ if __name__ == "__main__":
         dist.barrier()
     require(not state or [state["data"], state["val_data"]] == [data_hash, val_hash],
             f"a text is not that of this run, or a .bin in {args.out_dir} is damaged: delete it")
-    largest = min(len(train_tokens), len(val_tokens)) - 1  # the last token is a target only
-    cure = f"the largest --block_size is {largest}" if largest > 0 else "more text is needed"
-    require(largest >= args.block_size, f"--data={args.data} is too short: {len(train_tokens)} "
-            f"tokens to train on, {len(val_tokens)} to validate on; {cure}")
+    val_windows = windows_in(val_tokens, args, "validate")  # first, for it is mostly shorter
     train_windows = windows_in(train_tokens, args, "train on")
-    val_windows = windows_in(val_tokens, args, "validate")
     tokens_per_step = args.windows_per_step * args.block_size
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {args.dtype}, "
         f"{tokens_per_step:,} tokens a step")
@@ -464,11 +441,10 @@ if __name__ == "__main__":
     best = state.get("best", {"step": 0, "val_loss": math.inf})
     log = state.get("log", [])  # rows up to the checkpoint; a resumed run repeats the later steps
     if RANK == 0:
-        with explain(f"{log_path} could not be written", OSError):
-            log_file = open(log_path, "w", encoding="utf-8", newline="", buffering=1)
-            log_csv = csv.DictWriter(log_file, COLUMNS, lineterminator="\n")
-            log_csv.writeheader()
-            log_csv.writerows(log)
+        log_file = open(log_path, "w", encoding="utf-8", newline="", buffering=1)
+        log_csv = csv.DictWriter(log_file, COLUMNS, lineterminator="\n")
+        log_csv.writeheader()
+        log_csv.writerows(log)
     if args.warmup_iters >= args.lr_decay_iters > step:
         say("the warm-up is not shorter than lr_decay_iters: the learning rate will fall at once")
     say(f"a blind guess costs a loss of {math.log(model.config.vocab_size):.4f}, ln(vocab_size)")
@@ -525,7 +501,4 @@ if __name__ == "__main__":
     say(f"{ckpt_path} has step {step}; --resume --max_iters=N --out_dir={args.out_dir} goes on")
     say(f"{best_path} has the best validation loss, {best['val_loss']:.4f} at step {best['step']}")
     say(f"see {plot_path}; peak memory {peak_memory(device):.1f} GB")
-    if best["step"] == 0 < step:
-        say("no evaluation was better than the first")
-    else:
-        say(f"next: python sample.py --checkpoint={best_path} --start {shlex.quote(args.start)}")
+    say(f"next: python sample.py --checkpoint={ckpt_path} --start {shlex.quote(args.start)}")
