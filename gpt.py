@@ -1,9 +1,9 @@
-"""GPT-2, the whole model: token ids in, token ids out. It goes down to `beam_search`.
+"""GPT-2, from token ids to the next token: attention, block, model, cache, sampling, beam search.
 
 Each tensor's shape stands beside it: B sequences of T tokens, C channels a token (n_embd), H heads
 of D = C / H channels each, V tokens in the vocabulary; S = T + the tokens that a KVCache holds.
-Sources: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), "Attention Is
-All You Need" (Vaswani et al., 2017), and OpenAI's gpt-2/src/model.py for the parameters' names.
+Sources: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), and OpenAI's
+gpt-2/src/model.py for the names. What the scripts share begins with the second block of imports.
 """
 import math
 from dataclasses import asdict, dataclass
@@ -23,8 +23,8 @@ class GPTConfig:
     dropout: float = 0.0  # the probability that a number becomes 0, while training
 
 def causal_mask(q, S):
-    """The mask (T, S) that is added to the scores of q (B, H, T, D), the last T of S tokens: -inf,
-    which softmax turns into a weight of 0, where a token would see the future. T = 2 and S = 5:
+    """The mask (T, S) that is added to q @ k.T, where q (B, H, T, D) has the last T of S tokens:
+    -inf, which softmax turns into a weight of 0, for each future token. With T = 2 and S = 5:
                         k0  k1  k2  k3  k4
                     q3   0   0   0   0 -inf
                     q4   0   0   0   0   0"""
@@ -35,21 +35,21 @@ def attend(q, k, v, dropout_p=0.0):
     value weighs more the better its key fits the query. k and v are (B, H, S, D). q (B, H, T, D)
     has only the last T of the S tokens: all of them if there is no cache. Returns (B, H, T, D)."""
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
-    if dropout_p > 0 and q.device.type == "cpu":  # our dropout is faster than that of the kernel
+    if dropout_p > 0 and q.device.type == "cpu":  # `dropout`, below, is faster there than PyTorch's
         # A score sums up D products, so it spreads sqrt(D) times as wide as one of them. Without
         # the division, softmax would give nearly all weight to one key and hardly pass gradients.
         scores = (q / math.sqrt(D)) @ k.transpose(2, 3) + causal_mask(q, S)  # (B, H, T, S)
         weights = scores.softmax(dim=-1)  # (B, H, T, S), each row sums to 1
         return dropout(weights, dropout_p) @ v
-    # PyTorch computes the same in one kernel, which divides by sqrt(D) itself. Its is_causal is the
-    # right mask for T = S alone; else it would line query 0 up with key 0. One query needs no mask.
+    # PyTorch's kernel computes the same, and divides by sqrt(D) itself. Its is_causal lines query 0
+    # up with key 0, which is right only for T = S. A single query sees all keys: it needs no mask.
     mask = None if T in (1, S) else causal_mask(q, S)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p,
                                           is_causal=T == S)
 
 def dropout(x, p, training=True):
-    """F.dropout, faster on a CPU: while training, each element of x becomes 0 with probability p.
-    The others are scaled up. So the model cannot rely on any single one."""
+    """F.dropout, about 3 times faster on a CPU: while training, each element of x becomes 0 with
+    probability p, and the others are scaled up. So the model cannot rely on any single one."""
     if not training or p in (0, 1) or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
     # PyTorch draws a number for each element. Here 64 random bits serve four elements: 16 bits,
@@ -78,8 +78,8 @@ class CausalSelfAttention(nn.Module):
         self.n_head = H
         self.dropout_p = config.dropout
         self.c_attn = linear(C, 3 * C)  # q of all heads, then k, then v
-        # The blocks add up 2 n_layer results of c_proj, whose variances add. As in the paper, each
-        # starts smaller by sqrt(2 n_layer), so that at first the sum does not grow with the depth.
+        # The MLP has a c_proj too. The results of all 2 n_layer add up, and so do their variances.
+        # As in the paper, each starts smaller by sqrt(2 n_layer): the sum does not grow with depth.
         self.c_proj = linear(C, C, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x, cache=None):
@@ -102,7 +102,7 @@ class MLP(nn.Module):
         self.c_proj = linear(4 * C, C, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x):
-        # GELU is a smooth max(x, 0). With nothing between them, two linear layers equal one.
+        # GELU (Hendrycks and Gimpel, 2016) is a smooth max(x, 0). Without it both layers equal one.
         # GPT-2 was trained with its tanh approximation; the exact form gives other numbers.
         x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
         return dropout(self.c_proj(x), self.dropout_p, self.training)  # (B, T, C)
@@ -125,12 +125,12 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """Embeddings, n_layer blocks, and an output layer that is the token embedding again (weight
-    tying): reading a token and predicting it take much the same knowledge."""
+    tying, Press and Wolf, 2017): reading a token and predicting it take much the same knowledge."""
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # of tokens
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # of positions
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # (V, C), of tokens
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # (block_size, C), of positions
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         nn.init.normal_(self.wte.weight, std=0.02)  # both numbers are from OpenAI's model.py
@@ -154,7 +154,7 @@ class GPT(nn.Module):
         logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V), or (B, 1, V)
         if targets is None:
             return logits
-        assert targets.shape == idx.shape, f"targets {targets.shape} do not fit idx {idx.shape}"
+        assert caches is None and targets.shape == idx.shape, "targets do not fit idx, or caches"
         # Under autocast the logits have 16 bits. The loss is computed, and returned, in 32.
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
@@ -169,7 +169,7 @@ class KVCache:
         self.length = 0  # how many tokens it holds
 
     def append(self, k, v):
-        """Stores k and v of new tokens, (B, H, T, D). Returns those of all tokens, (B, H, S, D)."""
+        """Stores k, v (B, H, T, D) of new tokens. Returns those of all tokens, (2, B, H, S, D)."""
         start = self.length
         self.length += k.shape[2]
         self.kv[0, :, :, start : self.length] = k
@@ -181,10 +181,10 @@ def candidates(logits, temperature=1.0, top_k=None, top_p=None):
     and their ids (B, k) int64.
     temperature divides the logits: below 1 the likely tokens become likelier, above 1 all become
     more alike, and 0 always takes the likeliest token (greedy), as top_k=1 does. top_k keeps the k
-    likeliest tokens; None and 0 keep all. Of these, top_p > 0 keeps the likeliest, including the
-    one that brings the sum of their probabilities to top_p; None and 1 keep all."""
+    likeliest tokens; None and 0 keep all. Of these, top_p > 0 keeps the fewest likeliest whose
+    probabilities add up to top_p or more (Holtzman et al., 2020); None and 1 keep all."""
     V = logits.shape[-1]
-    k = 1 if temperature < 1e-6 else min(top_k or V, V)  # 0 cannot divide
+    k = 1 if temperature < 1e-6 else min(top_k or V, V)  # greedy: nothing can be divided by 0
     logits, ids = logits.float().topk(k)  # both (B, k)
     probs = (logits / max(temperature, 1e-6)).softmax(dim=-1)  # (B, k)
     if top_p is not None and top_p < 1:
@@ -198,7 +198,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
              generator=None, observe=None):
     """Yields the next token of each row, max_new_tokens times: idx (B, T) int64 -> (B,) int64.
     `candidates` explains temperature, top_k and top_p. Only the last block_size tokens of idx
-    count. A row repeats its stop_token; when all rows have met theirs, generation ends. observe, if
+    count. A row that met stop_token repeats it; once all rows have, generation ends. observe, if
     given, is called as observe(probs, ids, token) with the candidates that token is drawn from."""
     assert idx.dim() == 2 and idx.shape[1] > 0, f"idx {tuple(idx.shape)} is not (B, T), T >= 1"
     window = idx[:, -model.config.block_size :]  # (B, T)
@@ -229,8 +229,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 @torch.inference_mode()
 def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
     """idx (1, T) int64 -> the likeliest continuation that is found, by the mean log-probability of
-    its tokens, (n,) int64. After n steps the beams are the N = num_beams likeliest sequences of n
-    tokens. The likeliest one that ends with stop_token is put aside in each step."""
+    its tokens, (n,) int64. After n steps there are N = num_beams beams of n tokens: the likeliest
+    that follow from those before. The likeliest one that ends with stop_token is put aside."""
     V = model.config.vocab_size
     caches = [KVCache(model, num_beams) for _ in model.h]
     beams = idx.new_empty(num_beams, 0)  # (N, n)
@@ -241,13 +241,13 @@ def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
     for n in range(1, max_new_tokens + 1):
         log_probs = model(unseen, caches=caches)[:, -1].float().log_softmax(dim=-1)  # (N, V)
         totals = scores[:, None] + log_probs  # (N, V)
-        if stop_token is not None:  # an end counts, even if N running sequences are likelier
+        if stop_token is not None:  # it counts, even if N unfinished sequences are likelier
             score, best = totals[:, stop_token].max(dim=0)  # two scalars
             found.append((score / n, torch.cat((beams[best], idx.new_tensor([stop_token])))))
             totals[:, stop_token] = -math.inf
-        scores, places = totals.flatten().topk(num_beams)  # both (N,), the highest score first
-        parents = places // V  # (N,), the beams that go on: some twice, some never
-        unseen = places[:, None] % V  # (N, 1), their new tokens
+        scores, flat_ids = totals.flatten().topk(num_beams)  # both (N,), the highest score first
+        parents = flat_ids // V  # (N,), the beams that go on: some twice, some never
+        unseen = flat_ids[:, None] % V  # (N, 1), their new tokens
         beams = torch.cat((beams[parents], unseen), dim=1)
         for cache in caches:
             cache.kv[:, :, :, : cache.length] = cache.kv[:, parents, :, : cache.length]
@@ -267,12 +267,15 @@ import zipfile
 import tiktoken
 
 class InputError(ValueError):
-    """What the user gave cannot work: the message says what to do. For what only a mistake in the
-    program can bring about there are asserts."""
+    """The user can put it right, and the message says how. Mistakes in the program are asserts."""
 
 def require(condition, message):
     if not condition:
         raise InputError(message)
+
+def one_line(error):
+    """An error's message in one line, without the trace that C++ errors carry."""
+    return " ".join(str(error).partition("\nException raised from")[0].split())
 
 @contextlib.contextmanager
 def explain(message, *kinds):
@@ -284,19 +287,15 @@ def explain(message, *kinds):
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise InputError(f"{message} ({one_line(cause).partition('. ')[0]})") from error
 
-def one_line(error):
-    """An error's message in one line, without the trace that C++ errors carry."""
-    return " ".join(str(error).partition("\nException raised from")[0].split())
-
 # ---- Text and tokens -----------------------------------------------------------------------------
 DATA_DIR = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data")
 VOCAB_PATH = os.path.join(DATA_DIR, "vocab.bpe")
 END_OF_TEXT = 50256  # <|endoftext|>, which stood between the documents GPT-2 was trained on
-# A text is first cut into pieces, and no token spans two of them. ++ is +, only faster.
+# A text is first cut into pieces, and no token spans two. ++ is a + that gives nothing back.
 PATTERN = (r"'(?:[sdmt]|ll|ve|re)"  # the ending of an English word, as in it's
            r"| ?\p{L}++| ?\p{N}++"  # a word or a number, with the space before it
            r"| ?[^\s\p{L}\p{N}]++"  # punctuation
-           r"|\s++$|\s+(?!\S)|\s")  # white space, but for the space that belongs to a word
+           r"|\s++$|\s+(?!\S)|\s")  # white space; \s+ gives its last one back to a word
 
 def byte_spelling():
     """-> {character of vocab.bpe: the byte it stands for}, in the order of the tokens 0 to 255: the
@@ -311,7 +310,7 @@ def merges():
         return file.read().splitlines()[1:]
 
 def vocabulary():
-    """-> {token as vocab.bpe spells it: id}: each byte, then what each line of vocab.bpe joins, as
+    """-> {token as vocab.bpe spells it: id}: the bytes, then what vocab.bpe's lines join, such as
     the two bytes of "é", then <|endoftext|>. Every byte is a token, so there is no unknown one."""
     joined = [pair.replace(" ", "") for pair in merges()]
     return {token: i for i, token in enumerate([*byte_spelling(), *joined, "<|endoftext|>"])}
@@ -327,8 +326,8 @@ def get_tokenizer():
                              special_tokens={"<|endoftext|>": END_OF_TEXT}, explicit_n_vocab=50257)
 
 def encode(text):
-    """text -> list of token ids. <|endoftext|> in it becomes 50256, the one special token."""
-    with explain("a million white-space characters in a row cannot be encoded", ValueError):
+    """text -> list of token ids. <|endoftext|> in it becomes 50256; OpenAI's encoder spells it."""
+    with explain("the text cannot be encoded; it may have a million spaces in a row", ValueError):
         return get_tokenizer().encode(text, allowed_special="all")
 
 def decode_utf8(data, name, offset=0):
@@ -344,8 +343,8 @@ def decode_utf8(data, name, offset=0):
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
 @contextlib.contextmanager
-def whole_file(path):
-    """Opens path.tmp, which replaces path once it is complete. Else path stays as it was."""
+def atomic_write(path):
+    """Opens path.tmp, which replaces path once it is complete. After an error path is as before."""
     try:
         with explain(f"{path} could not be written", OSError):
             with open(path + ".tmp", "wb") as file:
@@ -359,29 +358,31 @@ def whole_file(path):
 
 def save_checkpoint(path, model, **state):
     """Writes config, weights and state (tensors and plain types), or raises InputError."""
-    with explain(f"{path} could not be written", RuntimeError), whole_file(path) as file:
+    with explain(f"{path} could not be written", RuntimeError), atomic_write(path) as file:
         torch.save({"config": asdict(model.config), "model": model.state_dict(), **state}, file)
 
-def load_checkpoint(path, verify=False):
-    """path -> GPT on the CPU, in eval mode; dict of the training state. Runs no code of the file.
-    verify compares checksums. Without it weights stay in the file until they are used: meanwhile do
-    not write into it. whole_file may rename another over it, except on Windows."""
-    with explain(f"{path} cannot be read as a checkpoint; try another, such as best.pt", Exception):
-        require(not verify or zipfile.ZipFile(path).testzip() is None, "wrong checksum")
-        state = torch.load(path, weights_only=True, mmap=not verify, map_location="cpu")
-        config = state.pop("config")
-        require(config.pop("bias", True), "it has no biases, and GPT-2 has")
-        require(config["vocab_size"] == GPTConfig.vocab_size, "its vocabulary is not GPT-2's")
-        # Who saves a compiled model has _orig_mod. before each name.
-        weights = {k.removeprefix("_orig_mod."): w for k, w in state.pop("model").items()}
-        return with_weights(GPTConfig(**config), weights).eval(), state
-
 def with_weights(config, weights):
-    """-> a GPT that holds these tensors, {name: tensor}, without drawing or copying any."""
+    """-> a GPT that holds these tensors, {name: tensor}, without drawing random ones first."""
     with torch.device("meta"):  # shapes alone
         model = GPT(config)
     model.load_state_dict(weights, assign=True)  # each exactly once, and in its shape
     return model
+
+def load_checkpoint(path, verify=False):
+    """path -> GPT on the CPU, in eval mode; dict of the training state. No code of the file is run.
+    verify compares checksums. Without verify the weights stay in the file until they are used: do
+    not write into the file meanwhile. atomic_write may replace it, except on Windows."""
+    with explain(f"{path} cannot be read as a checkpoint; try another, such as best.pt", Exception):
+        require(not verify or zipfile.ZipFile(path).testzip() is None, "wrong checksum")
+        state = torch.load(path, weights_only=True, mmap=not verify, map_location="cpu")
+        config = state.pop("config")
+        require(config.pop("bias", True), "it has no biases, but GPT-2 has")  # as a fork may say
+        require(config["vocab_size"] == GPTConfig.vocab_size, "its vocabulary is not GPT-2's")
+        # torch.compile puts _orig_mod. before each name, and some programs save them so.
+        weights = {k.removeprefix("_orig_mod."): w for k, w in state.pop("model").items()}
+        config = GPTConfig(**config)
+    with explain(f"{path} does not fit GPT", RuntimeError):
+        return with_weights(config, weights).eval(), state
 
 @torch.no_grad()
 def center_logits(model):
@@ -394,7 +395,7 @@ def center_logits(model):
 
 # ---- What the scripts share ----------------------------------------------------------------------
 def show_error(kind, error, trace):
-    """sys.excepthook: one line and status 2 for what the user can put right, else a traceback."""
+    """sys.excepthook: one line for what the user can put right, silence for Ctrl-C."""
     message = one_line(error) or kind.__name__
     shared = int(os.environ.get("WORLD_SIZE") or 1) > 1  # the run has several processes
     if shared and os.environ.get("LOCAL_RANK") != "0":
@@ -414,7 +415,7 @@ def show_error(kind, error, trace):
     sys.exit(2)
 
 def start_script(doc):
-    """-> an ArgumentParser: what is not typed and has no default is absent from its result."""
+    """Sets up errors and output. -> an ArgumentParser; a flag without a default may be absent."""
     sys.excepthook = show_error
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stream lacks it
         sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a log gets lines at once
@@ -435,16 +436,16 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 def choose_device(device, dtype):
     """--device and --dtype -> torch.device, torch.dtype. auto is bfloat16 where a CPU or NVIDIA GPU
-    has it: float32's range, but 8 bits of precision instead of 24. Older GPUs have float16."""
+    has it: float32's range, but 8 bits of precision instead of 24. Older ones get float16."""
     if device == "auto":
         found = torch.accelerator.is_available()  # cuda, mps or xpu
         device = torch.accelerator.current_accelerator() if found else "cpu"
-    with explain(f"--device={device} is not there", Exception):
+    with explain(f"--device={device} cannot be used", Exception):
         device = torch.ones(1, device=device).device
     native = False  # whether the hardware computes in bfloat16
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # PyTorch 2.6 has not
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # PyTorch 2.6 lacks it
         able = torch.cpu.get_capabilities()
         native = able.get("amx_bf16") or able.get("avx512_bf16")
     if dtype == "auto":

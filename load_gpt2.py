@@ -1,4 +1,4 @@
-"""OpenAI's GPT-2 weights in, without TensorFlow, and a trained model out to other tools.
+"""Converts OpenAI's GPT-2 weights, without TensorFlow, and exports a model to other tools.
 
     python load_gpt2.py 124M                      downloads (also 355M, 774M, 1558M) and converts
     python load_gpt2.py FOLDER                    converts OpenAI's or Hugging Face's files
@@ -6,7 +6,7 @@
 
 The first two write models/gpt2-124M.pt or models/FOLDER.pt, for sample.py and train.py --init_from.
 TensorFlow's Saver wrote OpenAI's variables one after the other, sorted by name, without gaps. Their
-names and shapes follow from hparams.json. The file's size shows if one is missing or too many.
+names and shapes follow from hparams.json, and so does the size: 497,759,232 bytes for 124M.
 """
 import glob
 import http.client
@@ -31,7 +31,7 @@ URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 HPARAMS = "hparams.json"
 DATA = "model.ckpt.data-00000-of-00001"
 EXPORT_DIR = os.path.join(DATA_DIR, "export")  # what is the same in every folder for other tools
-# Hugging Face's names of our sizes.
+# Our name of each size: Hugging Face's name.
 HUGGING_FACE = {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer",
                 "n_head": "n_head", "n_embd": "n_embd"}
 
@@ -50,7 +50,7 @@ def transposed(name, weight):
 
 def read_json(path):
     """The content of a JSON file."""
-    with explain(f"{path} is no JSON", OSError, ValueError), open(path, encoding="utf-8") as file:
+    with explain(f"{path} is not JSON", OSError, ValueError), open(path, encoding="utf-8") as file:
         return json.load(file)
 
 def config_from(path, **names):
@@ -72,8 +72,8 @@ def read_openai(folder):
     path = os.path.join(folder, DATA)
     total = 4 * sum(shape.numel() for shape in shapes.values())
     have = os.path.getsize(path) if os.path.exists(path) else 0
-    require(have == total, f"{path} has {have:,} bytes; the float32 variables of a model as in "
-            f"{HPARAMS}, all in one file and without others, have {total:,}")
+    require(have == total, f"{path} has {have:,} bytes; the variables of a model of the sizes "
+            f"in {HPARAMS}, in float32, all in one file, have {total:,}")
     weights = {}
     with open(path, "rb") as file:
         for name in sorted(shapes, key=openai_name):  # as text: h10 comes before h2
@@ -104,7 +104,7 @@ def read_hugging_face(folder):
         require(value in allowed, f"{path}: {name} is {value!r}, and GPT-2's is {allowed[0]!r}")
     require_tokenizer(folder)
     files = sorted(glob.glob(os.path.join(glob.escape(folder), "model*.safetensors")))
-    require(files, f"{folder}: no model.safetensors; save_pretrained makes it of pytorch_model.bin")
+    require(files, f"{folder}: no model.safetensors; save_pretrained converts pytorch_model.bin")
     weights = {}
     for file in files:
         with explain(f"{file} could not be read: get it again", SafetensorError, OSError):
@@ -133,7 +133,7 @@ def load_gpt2(folder):
 def fetch(url, path):
     """Downloads url to path.part, from where an earlier try stopped, and renames it at the end."""
     with open(path + ".part", "ab") as file:
-        have = max(0, file.tell() - 1)  # one byte is asked for again: asking for none is an error
+        have = max(0, file.tell() - 1)  # minus 1: servers refuse a range of no bytes
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
         with urllib.request.urlopen(request, timeout=60) as response:
             if "html" in response.headers.get("Content-Type", ""):
@@ -171,7 +171,7 @@ def export(path, folder):
         "ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")]
     known = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
     known |= {"wte.weight", "wpe.weight", "dropout", *HUGGING_FACE}
-    differs = sorted(known ^ (tensors.keys() | asdict(config).keys()))  # new here, or not here
+    differs = sorted(known ^ (tensors.keys() | asdict(config).keys()))  # gpt.py was changed
     require(not differs, f"{path} is not GPT-2: {', '.join(differs)}")
     require(config.vocab_size == 50257, f"{path}: the export knows only GPT-2's tokenizer")
 

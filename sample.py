@@ -39,7 +39,7 @@ parser = start_script(__doc__)
 flag = parser.add_argument
 flag("--start", default="", help="the prompt: text, FILE:path, or - for standard input")
 flag("--score", metavar="FILE",
-     help="print a text's loss; its bits a byte can be compared with those of other tokenizers")
+     help="print a text's loss; bits a byte compare with those of models with other tokenizers")
 flag("--checkpoint", default="out/ckpt.pt", type=os.path.expanduser, help="whose weights to use")
 flag("--num_samples", type=number(int, 1), default=1, help="texts, computed as one batch")
 flag("--max_new_tokens", type=number(int, 0), default=200, help="tokens after the prompt")
@@ -47,8 +47,7 @@ flag("--temperature", type=number(float, 0), default=0.8, help="below 1 safer; 0
 flag("--top_k", type=number(int, 0), default=50, help="only the k likeliest tokens; 0: all")
 flag("--top_p", type=number(float, 1e-6, 1), default=1.0, help="the likeliest up to p; 1: all")
 flag("--num_beams", type=number(int, 0), default=0, help="width of beam search; 0: sampling")
-flag("--seed", type=number(int, 0, 2**63 - 1), default=1337,
-     help="same seed and flags, same texts; another device or dtype may write others")
+flag("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="same texts on the same machine")
 flag("--show", type=number(int, 0), default=0, help="the N likeliest tokens at each place; 0: off")
 flag("--stop", action=argparse.BooleanOptionalAction, default=True, help="end at <|endoftext|>")
 flag("--device", default="auto", help="cuda, mps or cpu; auto: the first that is there")
@@ -83,7 +82,7 @@ if "score" in args:
     require(len(ids) > 1, f"--score={args.score}: {len(ids)} token(s), and two are needed")
     loss = score(model, torch.tensor(ids, device=device))
     n_bytes = len(text.encode())
-    bits = loss * len(ids) / n_bytes / math.log(2)  # the first token counts as an average one
+    bits = loss * len(ids) / n_bytes / math.log(2)  # the first token gets the mean
     print(f"{args.score}: {len(ids):,} tokens, {n_bytes:,} bytes; loss {loss:.4f} nats a token, "
           f"perplexity {math.exp(min(loss, 700)):.2f}, {bits:.4f} bits a byte")
     sys.exit()
@@ -110,7 +109,7 @@ def show(probs, ids, token):
     if texts[0][-1:] != [stop_token]:  # the text has not ended
         print("", *line, sep="  ", file=sys.stderr)
 
-start = time.perf_counter()
+started = time.perf_counter()
 if args.num_beams:
     require(len(ids) + args.max_new_tokens <= limit, f"--num_beams cannot go past {limit} tokens")
     tokens = beam_search(model, idx, args.max_new_tokens, args.num_beams, stop_token)[:, None]
@@ -131,7 +130,7 @@ for column in tokens:  # (B,), one token of each text
                 piece = tokenizer.decode_single_token_bytes(token)
                 print(decoder.decode(piece), end="", flush=True)
 print(decoder.decode(b"", final=True))
-seconds = time.perf_counter() - start
+seconds = time.perf_counter() - started
 count = sum(map(len, texts))
 for ids in texts[1:]:
     print("-" * 80)

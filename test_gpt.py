@@ -33,6 +33,7 @@ from gpt import GPT, GPTConfig, InputError
 HERE = os.path.dirname(os.path.abspath(__file__))
 TF = pathlib.Path(HERE, "data", "tf")
 STORY = pathlib.Path(train.STORY).read_text("utf-8")
+README = pathlib.Path(HERE, "README.md").read_text("utf-8")
 SMALL = ("--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=32", "--device=cpu",
          "--dtype=float32")
 RUN = (*SMALL, "--eval_windows=7", "--log_interval=1", "--warmup_iters=3")
@@ -350,8 +351,6 @@ def test_what_a_run_prints_and_logs_and_leaves(run):
     assert {path.name for path in folder.iterdir()} == {
         "lock", "data.bin", "ckpt.pt", "best.pt", "log.csv", "loss.png"}
     assert "10.8249" in out and out.count("sample: Every effort moves you") == 3
-    assert re.search(r"best.pt has the best .* at step 10\n.*loss.png; peak memory \d+\.\d GB\n"
-                     r"next: python sample.py --checkpoint=", out)
     assert (folder / "log.csv").read_text().startswith(
         "iter,tokens,loss,train_loss,val_loss,lr,grad_norm,tokens_per_s\n0,0,,10.")
     assert column(folder, "tokens") == list(range(0, 641, 64))  # after each of the ten steps
@@ -361,6 +360,9 @@ def test_what_a_run_prints_and_logs_and_leaves(run):
     tokens = gpt.encode(STORY)
     n = len(tokens) * 9 // 10
     losses_are_the_oracles(folder, tokens[:n], tokens[n:])
+    shown = re.search("```\n(data/story.*?)```", README, re.DOTALL)[1]
+    shown, out = (re.sub(r"b?float\d+|\d[\d.,e+-]*", "N", text) for text in (shown, out))
+    assert all(line.startswith("sample") or line in out for line in shown.splitlines())
 
 def test_a_run_with_two_texts_goes_on_without_them_or_says_how(tmp_path):
     splits, out = (STORY[:9000], STORY[9000:12000]), tmp_path / "out"
@@ -378,8 +380,8 @@ def test_a_run_with_two_texts_goes_on_without_them_or_says_how(tmp_path):
 
 def test_what_a_checkpoint_holds(run):
     model, state = load(run[0])
-    assert state.keys() == {"optimizer", "scaler", "step", "best", "log", "args", "data",
-                            "val_data", "val_loss"}
+    assert state.keys() == {"optimizer", "scaler", "step", "best", "log", "args", "data_hash",
+                            "val_data_hash", "val_loss"}
     assert state["step"] == 10 and len(state["log"]) == 11 and not model.training
     decayed, others = state["optimizer"]["param_groups"]
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0)
@@ -462,7 +464,7 @@ def test_an_overflow_is_left_out_and_a_resume_keeps_scale_and_best(tmp_path, sca
     norms, scale = column(tmp_path, "grad_norm"), load(tmp_path)[1]["scaler"]["scale"]
     assert not math.isfinite(norms[0]) and math.isfinite(norms[-1])
     train_in(tmp_path, "--resume --max_iters=9")
-    assert "at step 0\n" in capsys.readouterr().out  # the best one
+    assert "of step 0\n" in capsys.readouterr().out  # the best one
     state, best = load(tmp_path)[1], load(tmp_path / "best.pt")[1]
     assert state["scaler"]["scale"] <= scale <= 2.0**125
     assert state["best"] == best == {"step": 0, "val_loss": min(column(tmp_path, "val_loss"))}
@@ -512,7 +514,7 @@ def test_torchruns_variables_that_do_not_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    refused("--nproc_per_node is above the GPUs", train_in, tmp_path / "b", "--device=auto")
+    refused("--nproc_per_node exceeds the GPUs", train_in, tmp_path / "b", "--device=auto")
 
 @posix
 def test_one_ctrl_c_saves_the_run_of_two_processes(tmp_path):
@@ -564,7 +566,7 @@ ARGS = argparse.Namespace(learning_rate=1.0, min_lr=0.1, seed=5, batch_size=3, w
 @pytest.mark.parametrize("warmup, decay", ((0, 10), (3, 10), (10, 10), (20, 10), (0, 0), (1, 1)))
 def test_schedule(warmup, decay):
     args = argparse.Namespace(**vars(ARGS), warmup_iters=warmup, lr_decay_iters=decay)
-    rates = [train.learning_rate(step, args) for step in range(30)]
+    rates = [train.get_lr(step, args) for step in range(30)]
     assert all(0 < rate <= 1 for rate in rates)
     climb = [(i + 1) / warmup for i in range(min(warmup, decay))]
     assert rates[: len(climb)] == pytest.approx(climb)
@@ -572,7 +574,6 @@ def test_schedule(warmup, decay):
     assert decay - warmup != 10 or (rates[0] == 1 and rates[5] == pytest.approx(0.55))
 
 def test_a_warm_up_that_is_not_shorter_than_the_run(tmp_path, capsys):
-    """Going on, it would climb to the peak and fall tenfold in a step."""
     train_in(tmp_path, "--max_iters=2")
     assert "the warm-up is not shorter than lr_decay_iters" in capsys.readouterr().out
     train_in(tmp_path, "--resume --max_iters=6")
@@ -581,11 +582,11 @@ def test_a_warm_up_that_is_not_shorter_than_the_run(tmp_path, capsys):
 
 def test_every_window_once_an_epoch_and_anew_in_the_next_or_for_another_seed():
     order = [w for step in range(7) for micro in range(2)
-             for w in train.window_numbers(step, micro, ARGS, 14)]
+             for w in train.window_indices(step, micro, ARGS, 14)]
     assert sorted(order[:14]) == sorted(order[14:28]) == list(range(14))
     assert order[:14] != order[14:28] and order[:14] != list(range(14))
     other = argparse.Namespace(**vars(ARGS) | {"seed": 6})
-    assert train.window_numbers(0, 0, ARGS, 99) != train.window_numbers(0, 0, other, 99)
+    assert train.window_indices(0, 0, ARGS, 99) != train.window_indices(0, 0, other, 99)
     args = argparse.Namespace(block_size=8, eval_windows=1)
     for n, count in ((97, 12), (96, 11), (9, 1)):
         windows = train.windows_in(np.arange(n), args, "train on")
@@ -745,7 +746,7 @@ def test_damaged_and_hostile_checkpoints_are_refused(tmp_path, monkeypatch):
             (state | {"config": {"n_embd": "x"}}, ""), (state | {"model": [1, 2]}, ""),
             (state | {"model": {"wte.weight": torch.zeros(2, 2)}}, 'Missing.*"wpe.weight"')):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        refused(f"^x.pt cannot be read as a checkpoint.*best.pt .*{words}", load, "x.pt")
+        refused(f"^x.pt (cannot be read as a checkpoint|does not fit).*{words}", load, "x.pt")
     assert not os.path.exists("executed")
 
 FILES = {
@@ -763,7 +764,7 @@ FAULTS = {  # what users of such projects met: by script, flags and what the mes
         ("--data=bare.txt", "byte 1 is NUL"), ("--data=utf16.txt", "byte 3 is NUL"),
         ("--data=nul.txt", f"nul.txt: byte {2**21 + 3} is NUL"), ("--data=x32.bin", "wider"),
         ("--data=word.txt", "1 tokens to val.* 0$"), ("--init_from=bias.pt", "no biases"),
-        ("--data=white.txt", "million white-space"), ("--data=npy.bin", "npy file"),
+        ("--data=white.txt", "a million spaces"), ("--data=npy.bin", "npy file"),
         ("--data=chars.bin", "largest id is 64, not 256"), ("--out_dir=latin.txt", "latin.txt"),
         ("--data=short.txt", "--block_size=32.* 13 .* 12$"), ("--data=odd.bin", "bin .*multiple"),
         ("--data=empty.bin", "bin .*empty"), ("--data=high.bin", "largest id is 50257"),
@@ -812,7 +813,7 @@ def test_faults_get_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys):
         main(script, "--help")
     out = capsys.readouterr().out
     assert "None" not in out and not re.search("exit\n +--", out[out.index("Trains a"):])  # grouped
-    assert "another device or dtype may write others" in " ".join(out.split())
+    assert "same texts on the same machine" in " ".join(out.split())
     _, err = end(start("train.py", "--data=empty.txt", *SMALL), status=2)
     assert re.fullmatch("train.py: error: .*empty.txt: there is no text in it\n", err)
 
@@ -1089,12 +1090,11 @@ def test_download(tmp_path, monkeypatch):
 
 def test_every_command_of_the_readme(tmp_path, monkeypatch, capsys):
     """In their order, in one folder, on small models; pip, pytest and curl are left out."""
-    readme = pathlib.Path(HERE, "README.md").read_text("utf-8")
     monkeypatch.chdir(tmp_path)
-    for name in re.findall(r"curl -o (\S+)", readme) + ["my.txt"]:
+    for name in re.findall(r"curl -o (\S+)", README) + ["my.txt"]:
         shutil.copy(train.STORY, name)
     shutil.unpack_archive(TF / "vocab.zip", "models/124M")  # in place of OpenAI's server
-    blocks = "".join(re.findall(r"```sh\n(.*?)```", readme, flags=re.DOTALL))
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL))
     commands = re.findall("(?:python|torchrun) .*", blocks)
     assert len(commands) > 10
     for line in commands:
@@ -1114,7 +1114,7 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch, capsys):
         else:
             main(script, *flags)
     capsys.readouterr()
-    for block in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL):
+    for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
         exec(block, {})
     for line in capsys.readouterr().out.splitlines()[:3]:  # ids, pieces and shapes
-        assert line in readme
+        assert line in README

@@ -10,7 +10,6 @@ Read gpt.py first. The script at the end runs from top to bottom, and calls what
 import argparse
 import contextlib
 import csv
-import ctypes
 import datetime
 import functools
 import glob
@@ -23,14 +22,14 @@ import sys
 import time
 from dataclasses import asdict
 
-import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from gpt import (DATA_DIR, DTYPES, END_OF_TEXT, GPT, GPTConfig, center_logits, choose_device,
-                 decode_utf8, encode, explain, generate, get_tokenizer, load_checkpoint, number,
-                 one_line, require, save_checkpoint, start_script, whole_file, with_weights)
+from gpt import (DATA_DIR, DTYPES, END_OF_TEXT, GPT, GPTConfig, atomic_write, center_logits,
+                 choose_device, decode_utf8, encode, explain, generate, get_tokenizer,
+                 load_checkpoint, number, one_line, require, save_checkpoint, start_script,
+                 with_weights)
 
 STORY = os.path.join(DATA_DIR, "story.txt")
 COLUMNS = ("iter", "tokens", "loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s")
@@ -39,16 +38,8 @@ PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
 RANK = int(os.environ.get("RANK", 0)) if PROCESSES > 1 else 0
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if PROCESSES > 1 else 0
 
-def say(*words, **options):
-    """print, on process 0. If the terminal or pipe has gone away, training goes on in silence."""
-    if RANK == 0:
-        try:
-            print(*words, **options)
-        except OSError:
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")
-
 # ---- Flags ---------------------------------------------------------------------------------------
-def flags():
+def make_parser():
     """The command line's parser. Most flags have the names that nanoGPT gave them."""
     parser = start_script(__doc__)
     path = os.path.expanduser  # ~ is the home folder
@@ -68,13 +59,13 @@ def flags():
     flag = parser.add_argument_group("training").add_argument
     flag("--max_iters", type=number(int, 0), default=150, help="steps, from the run's beginning")
     flag("--batch_size", type=count, default=2, help="windows in a micro-batch")
-    flag("--gradient_accumulation_steps", type=count, default=1, help="micro-batches in a step")
+    flag("--gradient_accumulation_steps", type=count, default=1, help="of each process")
     flag("--learning_rate", type=number(float, 1e-12), default=4e-4, help="the highest rate")
     flag("--min_lr", type=number(float, 0), help="default: learning_rate / 10")
     flag("--warmup_iters", type=number(int, 0), default=30, help="steps of linear warm-up")
-    flag("--lr_decay_iters", type=number(int, 0), help="default: max_iters")
+    flag("--lr_decay_iters", type=number(int, 0), help="default: the first max_iters")
     flag("--weight_decay", type=number(float, 0), default=0.1, help="AdamW's weight decay")
-    # AdamW averages about 1 / (1 - beta) gradients: 5 for 0.8, better in a short run than 0.9's 10.
+    # AdamW averages about 1 / (1 - beta) gradients: 5 for 0.8, which suits a short run, 10 for 0.9.
     flag("--beta1", type=number(float, 0, 0.9999), default=0.8, help="AdamW's first beta")
     flag("--beta2", type=number(float, 0, 0.9999), default=0.95, help="AdamW's second beta")
     flag("--grad_clip", type=number(float, 0), default=1.0, help="maximum gradient norm; 0: any")
@@ -90,26 +81,34 @@ def flags():
     flag("--compile", action=argparse.BooleanOptionalAction, help="default: on cuda")
     return parser
 
-# What --resume may change, batch_size only if windows_per_step stays: dropout then drops others.
+# --resume may change these, but not windows_per_step. Another batch_size moves dropout's zeros.
 MAY_CHANGE = ("data", "val_data", "resume", "max_iters", "lr_decay_iters", "batch_size",
               "gradient_accumulation_steps", "eval_interval", "eval_windows", "log_interval",
               "start", "device", "dtype", "compile")
 
-def starting_point(parser, args, ckpt_path):
-    """-> args, whose defaults come from the checkpoint, if they name one; the GPT to train; the
+def print0(*words, **options):
+    """print, on process 0. If the terminal or pipe has gone away, training goes on in silence."""
+    if RANK == 0:
+        try:
+            print(*words, **options)
+        except OSError:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+def init_model(parser, args, ckpt_path):
+    """-> args, with defaults from the checkpoint that they name, if any; the GPT to train; and the
     state of the run that goes on, or {}."""
     require(not (args.resume and "init_from" in args), "--resume goes without --init_from")
     source = ckpt_path if args.resume else vars(args).get("init_from")
-    saved = {}
+    saved = {}  # {flag: value} that the checkpoint decides, unless the flag is typed
     if source:
         model, state = load_checkpoint(source, verify=True)
         saved = asdict(model.config)
     if args.resume:
-        require("val_data" in state, f"{source} has no run to go on: start one with --init_from")
+        require("data_hash" in state, f"{source} has no run to go on: start one with --init_from")
         saved |= state["args"] | {"out_dir": args.out_dir}  # it may have moved
     elif source:
         saved["block_size"] = min(saved["block_size"], args.block_size)
-        del saved["dropout"]
+        del saved["dropout"]  # a new run has its own
     args = parser.parse_args(namespace=argparse.Namespace(**saved))  # typed flags win over saved
     vars(args).setdefault("val_data", "")
     vars(args).setdefault("min_lr", args.learning_rate / 10)
@@ -118,7 +117,7 @@ def starting_point(parser, args, ckpt_path):
     changed = [f"{name}={getattr(args, name)} instead of {value}" for name, value in saved.items()
                if name not in MAY_CHANGE and getattr(args, name) != value]
     cure = "a new run may have other flags; with --init_from, all but those of the model"
-    if "windows_per_step" in str(changed):
+    if any(change.startswith("windows_per_step") for change in changed):
         cure = "windows_per_step is batch_size x gradient_accumulation_steps x processes"
     require(not changed, f"{source} cannot go on with {', '.join(changed)}; {cure}")
     require(args.n_embd % args.n_head == 0, f"n_head={args.n_head} does not divide {args.n_embd}")
@@ -128,23 +127,23 @@ def starting_point(parser, args, ckpt_path):
         torch.manual_seed(args.seed)
         model = GPT(config)
     elif not args.resume:
-        positions = model.config.block_size
+        whole = model.config.block_size
         weights = model.state_dict()
-        weights["wpe.weight"] = weights["wpe.weight"][: args.block_size].clone()
-        model = with_weights(config, weights)
+        weights["wpe.weight"] = weights["wpe.weight"][: args.block_size].clone()  # no view of all
+        model = with_weights(config, weights).float()
         center_logits(model)
-        if args.block_size < positions:
-            say(f"the first {args.block_size} positions stay; --block_size={positions} keeps all")
-    return args, model, state if args.resume else {}
+        if args.block_size < whole:
+            print0(f"the first {args.block_size} positions stay; --block_size={whole} keeps all")
+    return args, model, (state if args.resume else {})
 
 # ---- Text to tokens ------------------------------------------------------------------------------
 def read_text(files):
-    """Yields the text of the files in parts whose ids, joined, are those of the whole: a part ends
-    before white space, and no token goes from a visible character on into white space."""
+    """Yields the text of the files in parts that encode to the same ids as the whole: it is cut
+    before white space only, and no token has white space after a visible character."""
     rest = ""
     for name in files:
         if name != files[0]:
-            # Attention looks across it. The model learns, as GPT-2 did, that a new text begins.
+            # Attention looks across it, and learns, as in GPT-2's training, that a new text begins.
             rest += "<|endoftext|>"
         with explain(f"{name} cannot be read; give --data=PATH", OSError), open(name, "rb") as file:
             while data := b"".join(file.readlines(2**18)):  # whole lines, 256 kB or more
@@ -158,13 +157,13 @@ def write_tokens(path, kept, expected_hash):
     """Encodes a text, or a folder of texts, into the file `kept`, as uint16 (up to 65,535)."""
     files = sorted(glob.glob(os.path.join(glob.escape(path), "*.[tT][xX][tT]"))) or [path]
     sha = hashlib.sha256()
-    with whole_file(kept) as file:
+    with atomic_write(kept) as file:
         for text in read_text(files):
             tokens = np.array(encode(text), dtype=np.uint16)
             sha.update(tokens)
             file.write(tokens)
-            say(f"{path}: {len(files)} file(s), {file.tell() // 2:,} tokens", end="\r")
-        say()
+            print0(f"{path}: {len(files)} file(s), {file.tell() // 2:,} tokens", end="\r")
+        print0()
         require(file.tell() > 0, f"{path}: there is no text in it")
         require(expected_hash in (None, sha.hexdigest()), f"{path} is not the text of this run")
 
@@ -172,17 +171,16 @@ def load_tokens(flag, args, state):
     """--data or --val_data -> its tokens (n,) uint16, mapped from a file, and their hash. A text's
     tokens are kept in out_dir: a run goes on with them, whatever became of the text."""
     path = getattr(args, flag)
-    name = path  # a .bin has tokens already, as nanoGPT writes them
-    if not path.endswith(".bin"):
-        name = os.path.join(args.out_dir, f"{flag}.bin")
-        ready = LOCAL_RANK > 0 or state.get("args", {}).get(flag) == path
-        if not (ready and os.path.exists(name)):
-            write_tokens(path, name, state.get(flag))
+    is_bin = path.endswith(".bin")  # it has tokens already, as nanoGPT writes them
+    name = path if is_bin else os.path.join(args.out_dir, f"{flag}.bin")
+    made = LOCAL_RANK > 0 or state.get("args", {}).get(flag) == path  # by process 0, or before
+    if not is_bin and not (made and os.path.exists(name)):
+        write_tokens(path, name, state.get(f"{flag}_hash"))
     with explain(f"{name} does not hold GPT-2's tokens as uint16", OSError, ValueError):
         tokens = np.memmap(name, dtype=np.uint16, mode="r")
-        if name == path:
-            require(tokens[:3].tobytes() != b"\x93NUMPY", "but a .npy file")
-            require(tokens[1:99:2].any(), "its integers are wider")  # and their upper halves are 0
+        if is_bin:
+            require(tokens[:3].tobytes() != b"\x93NUMPY", "it is a .npy file")
+            require(tokens[1:99:2].any(), "its integers are wider")  # with each second half 0
             largest = tokens.max()
             # Ids up to 255 are single bytes. A text of more than a few words has others.
             require(255 < largest <= END_OF_TEXT, f"its largest id is {largest}, not 256 to 50256")
@@ -190,14 +188,14 @@ def load_tokens(flag, args, state):
 
 # ---- Windows, schedule, step, evaluation ---------------------------------------------------------
 def windows_in(tokens, args, purpose):
-    """tokens (n,) -> a view of all their windows (n_windows, block_size + 1), which it counts in a
-    printed line. Two neighbours share one token: the last of a window is a target only."""
+    """tokens (n,) -> a view of their windows (n_windows, block_size + 1). Says how many there are.
+    Two neighbours share one token: the last of a window is a target only."""
     T = args.block_size
     n = len(tokens)
     require(n > T, f"--block_size={T} is too long for {n} tokens to {purpose}: it can be at most "
             f"{max(n - 1, 0)}")
     windows = np.lib.stride_tricks.sliding_window_view(tokens, T + 1)[::T]
-    say(f"{n:,} tokens to {purpose}: {len(windows):,} windows of {T}, of which "
+    print0(f"{n:,} tokens to {purpose}: {len(windows):,} windows of {T}, of which "
         f"{min(len(windows), args.eval_windows)} are evaluated")
     return windows
 
@@ -206,7 +204,7 @@ def shuffled(n_windows, seed, epoch):
     """The order in which an epoch, one pass over the text, reads the windows."""
     return np.random.default_rng((seed, epoch)).permutation(n_windows)
 
-def window_numbers(step, micro, args, n_windows):
+def window_indices(step, micro, args, n_windows):
     """The numbers of the batch_size windows of micro-batch `micro` of a step. They follow from the
     arguments alone: a resumed run reads what it would have read. An epoch reads each window once,
     in an order of its own. Windows drawn independently would leave some out."""
@@ -222,7 +220,7 @@ def loss_on(windows, model, args):
     with torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
         return model(tokens[:, :-1], tokens[:, 1:])  # a token's target is the token after it
 
-def learning_rate(step, args):
+def get_lr(step, args):
     """The rate of a step, counted from 0: a linear warm-up, since AdamW's averages rest on few
     gradients at first, then half a cosine down to min_lr, to settle into a minimum."""
     if step >= args.lr_decay_iters:
@@ -233,28 +231,30 @@ def learning_rate(step, args):
     return args.min_lr + (args.learning_rate - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 def train_step(step, model, windows, optimizer, scaler, args):
-    """One step of AdamW. Returns the mean loss of this process's windows, and the gradient norm."""
+    """One step of AdamW -> the mean loss of this process's windows, and the gradient norm. float16
+    has nothing between 0 and 6e-8, so the scaler multiplies the loss, and with it all gradients, by
+    a large number, and divides the gradients by it before they are used."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args)
+        group["lr"] = get_lr(step, args)
     loss = 0.0
     for i in range(args.gradient_accumulation_steps):
         micro = i * PROCESSES + RANK  # the micro-batch's number among all of the step
         # The seed of dropout, too, depends on seed, step and micro alone.
         torch.manual_seed(int(np.random.default_rng((args.seed, step, micro)).integers(2**63)))
-        if PROCESSES > 1:  # gradients of micro-batches add up; DDP exchanges them with the last
+        if PROCESSES > 1:  # gradients add up; they are averaged over processes with the last
             model.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
-        batch = windows[window_numbers(step, micro, args, len(windows))]  # (B, T + 1)
+        batch = windows[window_indices(step, micro, args, len(windows))]  # (B, T + 1)
         # Means, divided by their number, add up to the mean of one large batch.
         micro_loss = loss_on(batch, model, args) / args.gradient_accumulation_steps
         scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
     scaler.unscale_(optimizer)
-    # One odd batch must not throw the weights far. The norm is that before the clipping.
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+    # Clip, for one odd batch must not throw the weights far. The norm is from before the clip.
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    return loss.item(), norm.item()
+    return loss.item(), grad_norm.item()
 
 def sum_over_processes(*values):
     """Adds up each of the values, Python numbers, over all processes."""
@@ -285,12 +285,12 @@ def record(row, log_csv, tokens_left):
         line.append(f"val_perplexity {math.exp(min(row['val_loss'], 700)):.6g}")
     if "tokens_per_s" in row:
         line.append(f"{tokens_left / row['tokens_per_s'] / 60:.1f} min left")
-    say(" | ".join(line))
+    print0(" | ".join(line))
 
 def stop_unless_finite(row, saved_at, scaler, args):
-    """Ends the script with status 1 if a number of row is not finite, and says how to go on."""
+    """Ends the script with status 1 if a number of row is not finite. ckpt.pt stays as it was."""
     bad = [name for name, value in row.items() if not math.isfinite(value)]
-    # When float16 overflows, the scaler skips the step and halves its factor. Below 1 that is over.
+    # When float16 overflows, the scaler skips the step and halves its factor, down to 1.
     if not bad or (bad == ["grad_norm"] and scaler.is_enabled() and scaler.get_scale() >= 1):
         return
     cure = ""
@@ -300,7 +300,7 @@ def stop_unless_finite(row, saved_at, scaler, args):
                  f"--block_size={args.block_size}", f"--learning_rate={args.learning_rate / 4:.1e}",
                  "--out_dir=NEW")
         cure = f". {path} still has step {saved_at}: python train.py {shlex.join(flags)}"
-    say(f"train.py: error: {bad[0]} is {row[bad[0]]} at step {row['iter']} (learning rate "
+    print0(f"train.py: error: {bad[0]} is {row[bad[0]]} at step {row['iter']} (learning rate "
         f"{row.get('lr', 0):.1e}, {args.dtype}){cure}", file=sys.__stderr__)
     sys.exit(1)
 
@@ -311,7 +311,7 @@ def show_sample(model, args):
     tokens = generate(model, prompt, 40, temperature=0.8, top_k=50,
                       generator=torch.Generator().manual_seed(args.seed))
     text = get_tokenizer().decode([token.item() for token in tokens])
-    say("sample: " + (args.start + text).replace("\n", " "))
+    print0("sample: " + (args.start + text).replace("\n", " "))
 
 def plot(log, tokens_per_step, path):
     """Draws the losses in log over steps and tokens seen, with perplexity, exp(loss), at right."""
@@ -320,7 +320,7 @@ def plot(log, tokens_per_step, path):
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
         for column, style in (("loss", "C7-"), ("train_loss", "C0o-"), ("val_loss", "C1o-")):
-            points = [(row["iter"], row[column]) for row in log if column in row]
+            points = [(row["iter"], row[column]) for row in log if column in row]  # or none
             axes.plot(*np.reshape(points, (-1, 2)).T, style, label=column)
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         axes.grid(alpha=0.3)
@@ -329,15 +329,16 @@ def plot(log, tokens_per_step, path):
         axes.twiny().set(xlim=np.multiply(axes.get_xlim(), tokens_per_step), xlabel="tokens seen")
         figure.savefig(path, dpi=110)
     except Exception as error:  # a picture is not worth a run
-        say(f"warning: no {path}: {one_line(error)}")
+        print0(f"warning: no {path}: {one_line(error)}")
 
 # ---- The system ----------------------------------------------------------------------------------
 def lock_folder(folder):
     """Only one run may write to a folder. The system drops the lock when this process ends."""
+    import filelock
     os.makedirs(folder, exist_ok=True)
     lock = filelock.FileLock(os.path.join(folder, "lock"), timeout=0, is_singleton=True)
     with explain(f"--out_dir={folder}: another train.py is using it", filelock.Timeout):
-        return lock.acquire()  # again, for a second %run in the same notebook
+        return lock.acquire()  # is_singleton: the second %run in a notebook has it already
 
 def catch_signals():
     """-> a list that gets the signals which ask this process to end. The first ends the training
@@ -358,9 +359,10 @@ def catch_signals():
 def keep_freed_memory():
     """glibc gives large freed buffers back to the system, and the next step pays a page fault for
     each 4 kB of them. With these settings glibc keeps them."""
+    import ctypes
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large buffers come from the heap
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 def peak_memory(device):
     """The most memory that this process has held, in GB: on cuda the GPU's."""
@@ -374,7 +376,7 @@ def peak_memory(device):
 
 # ---- The script ----------------------------------------------------------------------------------
 if __name__ == "__main__":
-    parser = flags()
+    parser = make_parser()
     args = parser.parse_args()
     ckpt_path, best_path, log_path, plot_path = (
         os.path.join(args.out_dir, name) for name in ("ckpt.pt", "best.pt", "log.csv", "loss.png"))
@@ -383,19 +385,19 @@ if __name__ == "__main__":
         lock = lock_folder(args.out_dir)  # held as long as the name lives
     require(args.resume or not os.path.exists(ckpt_path),
             f"{ckpt_path} holds a run: give --resume, another --out_dir, or delete it")
-    args, model, state = starting_point(parser, args, ckpt_path)
+    args, model, state = init_model(parser, args, ckpt_path)
 
     if PROCESSES > 1 and args.device != "cpu" and torch.cuda.is_available():
-        require(LOCAL_RANK < torch.cuda.device_count(), "--nproc_per_node is above the GPUs here")
+        require(LOCAL_RANK < torch.cuda.device_count(), "--nproc_per_node exceeds the GPUs here")
         torch.cuda.set_device(LOCAL_RANK)  # the one that "cuda" means from here on
     device, dtype = choose_device(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
     keep_freed_memory()
     model.to(device)
 
-    # The first process of each machine makes the tokens files. The others wait at one barrier.
+    # The first process of each machine makes the tokens files. The others wait until its barrier.
     if PROCESSES > 1:
-        with explain("WORLD_SIZE is set, but not by torchrun, which starts processes", ValueError):
+        with explain("WORLD_SIZE is set, but not by torchrun: unset it", ValueError):
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                     timeout=datetime.timedelta(hours=12))  # to tokenize a long text
     if LOCAL_RANK > 0:
@@ -408,30 +410,28 @@ if __name__ == "__main__":
         val_tokens, val_hash = load_tokens("val_data", args, state)
     if PROCESSES > 1 and LOCAL_RANK == 0:
         dist.barrier()
-    require(not state or [state["data"], state["val_data"]] == [data_hash, val_hash],
+    require(not state or [state["data_hash"], state["val_data_hash"]] == [data_hash, val_hash],
             f"a text is not that of this run, or a .bin in {args.out_dir} is damaged: delete it")
-    val_windows = windows_in(val_tokens, args, "validate")  # first, for it is mostly shorter
+    val_windows = windows_in(val_tokens, args, "validate")  # mostly the shorter one
     train_windows = windows_in(train_tokens, args, "train on")
     tokens_per_step = args.windows_per_step * args.block_size
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {args.dtype}, "
+    print0(f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {args.dtype}, "
         f"{tokens_per_step:,} tokens a step")
 
-    # Optimizer. AdamW moves a weight by lr times its averaged gradient, divided by the root of its
-    # averaged squared gradient. It takes lr * weight_decay of each matrix and embedding away, so
-    # that none grows without need. Biases and gains are too few to overfit.
+    # AdamW (Loshchilov and Hutter, 2019) moves a weight by lr times its averaged gradient over the
+    # root of its averaged squared gradient. It takes lr * weight_decay of each matrix and embedding
+    # away, so that none grows without need. Biases and gains are too few to overfit.
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in model.parameters() if p.dim() >= 2]},
          {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
         betas=(args.beta1, args.beta2), weight_decay=args.weight_decay, fused=True)
-    # float16 has nothing between 0 and 6e-8. The scaler multiplies the loss, and so all gradients,
-    # by a large number, and divides the gradients by it before they are used.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if args.resume:
         optimizer.load_state_dict(state.pop("optimizer"))  # pop gives its memory back
         if state["scaler"]:  # it is empty if the run had another dtype
             scaler.load_state_dict(state["scaler"])
-        say(f"going on from step {state['step']}")
-    # DDP averages gradients over processes. It and torch.compile share the model's own weights.
+        print0(f"going on from step {state['step']}")
+    # DDP averages gradients over processes. It and torch.compile train the weights of model itself.
     wrapped = torch.compile(model) if getattr(args, "compile", device.type == "cuda") else model
     if PROCESSES > 1:
         wrapped = torch.nn.parallel.DistributedDataParallel(wrapped)
@@ -446,23 +446,23 @@ if __name__ == "__main__":
         log_csv.writeheader()
         log_csv.writerows(log)
     if args.warmup_iters >= args.lr_decay_iters > step:
-        say("the warm-up is not shorter than lr_decay_iters: the learning rate will fall at once")
-    say(f"a blind guess costs a loss of {math.log(model.config.vocab_size):.4f}, ln(vocab_size)")
+        print0("the warm-up is not shorter than lr_decay_iters: it drops to min_lr at once")
+    print0(f"a blind guess costs a loss of {math.log(model.config.vocab_size):.4f}, ln(vocab_size)")
 
     caught = catch_signals()
     stop = False
     row = {"iter": 0, "tokens": 0}  # the log's row of the last step; the loop's end fills it
     while True:
-        # `step` steps are done. The step that was loaded from ckpt.pt is in the log already.
-        due = step > saved_at
-        evaluating = due and (step % args.eval_interval == 0 or step == args.max_iters)
+        # 1. After `step` steps: evaluate, log, save. The step of ckpt.pt is not new: that was done.
+        is_new = step > saved_at
+        evaluating = is_new and (step % args.eval_interval == 0 or step == args.max_iters)
         model.eval()  # no dropout
         if evaluating:
             for name, windows in (("train_loss", train_windows), ("val_loss", val_windows)):
                 row[name] = evaluate(model, windows, args)
         stop_unless_finite(row, saved_at, scaler, args)
         if RANK == 0:
-            if evaluating or (due and step % args.log_interval == 0):
+            if evaluating or (is_new and step % args.log_interval == 0):
                 log.append(row)
                 record(row, log_csv, (args.max_iters - step) * tokens_per_step)
             if evaluating and row["val_loss"] < best["val_loss"]:
@@ -470,10 +470,10 @@ if __name__ == "__main__":
                 best = {"step": step, "val_loss": row["val_loss"]}
                 save_checkpoint(best_path, model, **best)
             if evaluating or stop:
-                # AdamW keeps two averages for each weight: this file is three times as large.
+                # With AdamW's two averages for each weight it is three times as large as best.pt.
                 save_checkpoint(ckpt_path, model, optimizer=optimizer.state_dict(), log=log,
-                                scaler=scaler.state_dict(), args=vars(args), data=data_hash,
-                                val_data=val_hash, best=best, step=step,
+                                scaler=scaler.state_dict(), args=vars(args), data_hash=data_hash,
+                                val_data_hash=val_hash, best=best, step=step,
                                 val_loss=row.get("val_loss"))
                 saved_at = step
             if evaluating:
@@ -481,24 +481,24 @@ if __name__ == "__main__":
                 show_sample(model, args)
         if stop or step >= args.max_iters:
             break
-
+        # 2. One more step.
         model.train()
         step_started = time.perf_counter()
-        loss, norm = train_step(step, wrapped, train_windows, optimizer, scaler, args)
+        loss, grad_norm = train_step(step, wrapped, train_windows, optimizer, scaler, args)
         step += 1
         loss, signals = sum_over_processes(loss / PROCESSES, len(caught))
         stop = signals > 0
         speed = tokens_per_step / (time.perf_counter() - step_started)
         row = {"iter": step, "tokens": step * tokens_per_step, "loss": loss,
-               "lr": learning_rate(step - 1, args), "grad_norm": norm, "tokens_per_s": speed}
+               "lr": get_lr(step - 1, args), "grad_norm": grad_norm, "tokens_per_s": speed}
 
     if PROCESSES > 1:
-        dist.barrier()  # process 0 may still be saving, and one that leaves before it may crash
+        dist.barrier()  # wait for process 0, which may be saving: who leaves early may crash
         dist.destroy_process_group()
     if stop and step < args.max_iters:
-        say(f"stopped and saved at step {step}; go on with --resume --out_dir={args.out_dir}")
+        print0(f"stopped and saved at step {step}; go on with --resume --out_dir={args.out_dir}")
         sys.exit(128 + (caught[0] if caught else signal.SIGTERM))  # the status that shells expect
-    say(f"{ckpt_path} has step {step}; --resume --max_iters=N --out_dir={args.out_dir} goes on")
-    say(f"{best_path} has the best validation loss, {best['val_loss']:.4f} at step {best['step']}")
-    say(f"see {plot_path}; peak memory {peak_memory(device):.1f} GB")
-    say(f"next: python sample.py --checkpoint={ckpt_path} --start {shlex.quote(args.start)}")
+    print0(f"{ckpt_path} has step {step}; --resume --max_iters=N --out_dir={args.out_dir} goes on")
+    print0(f"{best_path} has the best val_loss, {best['val_loss']:.4f}, of step {best['step']}")
+    print0(f"see {plot_path}; peak memory {peak_memory(device):.1f} GB")
+    print0(f"next: python sample.py --checkpoint={ckpt_path} --start {shlex.quote(args.start)}")
