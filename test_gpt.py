@@ -769,7 +769,7 @@ FAULTS = {  # what users of such projects met: by script, flags and what the mes
         ("--data=short.txt", "--block_size=32.* 13 .* 12$"), ("--data=odd.bin", "bin .*multiple"),
         ("--data=empty.bin", "bin .*empty"), ("--data=high.bin", "largest id is 50257"),
         ("--batchsize=2", "--batchsize"), ("--learning_rate=nan", "nan"), ("--resume", "out.ckpt"),
-        ("--dropout=1", "t: 1 is not"), ("--device=cuda:99", "cuda:99"), ("--device=gpu", "gpu is"),
+        ("--dropout=1", "t: 1 is not"), ("--device=cuda:99", "cuda:99"), ("--device=gpu", "gpu c"),
         ("--init_from=page.pt", "page.pt"), ("--init_from=vocab.pt --block_size=16", "vocabulary"),
         ("--init_from=small.pt --block_size=16 --n_layer=2", "n_layer=2 .*1"),
         ("--init_from=small.pt --block_size=32", "32.*16")),
