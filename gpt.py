@@ -3,7 +3,7 @@
 Each tensor's shape stands beside it: B sequences of T tokens, C channels a token (n_embd), H heads
 of D = C / H channels each, V tokens in the vocabulary; S = T + the tokens that a KVCache holds.
 Sources: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), and OpenAI's
-gpt-2/src/model.py for the names. What the scripts share begins with the second block of imports.
+gpt-2/src/model.py, which lacks dropout and c_proj's scaling. The second imports serve the scripts.
 """
 import math
 from dataclasses import asdict, dataclass
@@ -35,7 +35,7 @@ def attend(q, k, v, dropout_p=0.0):
     value weighs more the better its key fits the query. k and v are (B, H, S, D). q (B, H, T, D)
     has only the last T of the S tokens: all of them if there is no cache. Returns (B, H, T, D)."""
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
-    if dropout_p > 0 and q.device.type == "cpu":  # `dropout`, below, is faster there than PyTorch's
+    if dropout_p > 0 and q.device.type == "cpu":  # written out, as our own `dropout` is faster
         # A score sums up D products, so it spreads sqrt(D) times as wide as one of them. Without
         # the division, softmax would give nearly all weight to one key and hardly pass gradients.
         scores = (q / math.sqrt(D)) @ k.transpose(2, 3) + causal_mask(q, S)  # (B, H, T, S)
@@ -46,19 +46,6 @@ def attend(q, k, v, dropout_p=0.0):
     mask = None if T in (1, S) else causal_mask(q, S)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p,
                                           is_causal=T == S)
-
-def dropout(x, p, training=True):
-    """F.dropout, about 3 times faster on a CPU: while training, each element of x becomes 0 with
-    probability p, and the others are scaled up. So the model cannot rely on any single one."""
-    if not training or p in (0, 1) or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p, training)
-    # PyTorch draws a number for each element. Here 64 random bits serve four elements: 16 bits,
-    # read as int16, are a number from -32768 to 32767. The lowest numbers drop their element.
-    bits = torch.randint(-2**63, 2**63 - 1, (x.numel() // 4 + 1,))  # int64
-    numbers = bits.view(torch.int16)[: x.numel()].view(x.shape)
-    n_low = round(p * 65536)  # how many of the 65,536 possible numbers drop theirs
-    keep = torch.ge(numbers, n_low - 32768, out=torch.empty_like(x))  # 0 or 1, in the dtype of x
-    return x * keep.mul_(65536 / (65536 - n_low))
 
 def linear(n_in, n_out, std=0.02):
     """An nn.Linear with weights from normal(0, std), 0.02 as in OpenAI's model.py, and biases 0."""
@@ -78,7 +65,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = H
         self.dropout_p = config.dropout
         self.c_attn = linear(C, 3 * C)  # q of all heads, then k, then v
-        # The MLP has a c_proj too. The results of all 2 n_layer add up, and so do their variances.
+        # The MLP has a c_proj too. All 2 n_layer results add up in x, and so do their variances.
         # As in the paper, each starts smaller by sqrt(2 n_layer): the sum does not grow with depth.
         self.c_proj = linear(C, C, std=0.02 / math.sqrt(2 * config.n_layer))
 
@@ -102,7 +89,7 @@ class MLP(nn.Module):
         self.c_proj = linear(4 * C, C, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x):
-        # GELU (Hendrycks and Gimpel, 2016) is a smooth max(x, 0). Without it both layers equal one.
+        # GELU (Hendrycks and Gimpel, 2016) is a smooth max(x, 0). Without it, two layers equal one.
         # GPT-2 was trained with its tanh approximation; the exact form gives other numbers.
         x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
         return dropout(self.c_proj(x), self.dropout_p, self.training)  # (B, T, C)
@@ -154,7 +141,7 @@ class GPT(nn.Module):
         logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V), or (B, 1, V)
         if targets is None:
             return logits
-        assert caches is None and targets.shape == idx.shape, "targets do not fit idx, or caches"
+        assert caches is None and targets.shape == idx.shape, "targets need idx's shape, no caches"
         # Under autocast the logits have 16 bits. The loss is computed, and returned, in 32.
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
@@ -199,7 +186,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     """Yields the next token of each row, max_new_tokens times: idx (B, T) int64 -> (B,) int64.
     `candidates` explains temperature, top_k and top_p. Only the last block_size tokens of idx
     count. A row that met stop_token repeats it; once all rows have, generation ends. observe, if
-    given, is called as observe(probs, ids, token) with the candidates that token is drawn from."""
+    given, is called as observe(probs, ids, token) with the candidates and the token drawn."""
     assert idx.dim() == 2 and idx.shape[1] > 0, f"idx {tuple(idx.shape)} is not (B, T), T >= 1"
     window = idx[:, -model.config.block_size :]  # (B, T)
     caches = [KVCache(model, len(idx)) for _ in model.h]
@@ -253,6 +240,28 @@ def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
             cache.kv[:, :, :, : cache.length] = cache.kv[:, parents, :, : cache.length]
     found.append((scores[0] / max(1, max_new_tokens), beams[0]))
     return max(found, key=lambda pair: pair[0])[1]
+
+def dropout(x, p, training=True):
+    """F.dropout, faster on a CPU: while training, each element of x becomes 0 with probability p,
+    and the others are scaled up. So the model cannot rely on any single one."""
+    if not training or p in (0, 1) or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p, training)
+    # PyTorch draws a number for each element. Here 64 random bits serve four elements: 16 bits,
+    # read as int16, are a number from -32768 to 32767. The lowest numbers drop their element.
+    bits = torch.randint(-2**63, 2**63 - 1, (x.numel() // 4 + 1,))  # int64
+    numbers = bits.view(torch.int16)[: x.numel()].view(x.shape)
+    n_low = min(round(p * 65536), 65535)  # how many of the 65,536 possible numbers drop theirs
+    keep = torch.ge(numbers, n_low - 32768, out=torch.empty_like(x))  # 0 or 1, in the dtype of x
+    return x * keep.mul_(65536 / (65536 - n_low))
+
+@torch.no_grad()
+def center_logits(model):
+    """Moves the logits to around 0. OpenAI's lie far below, where bfloat16 has steps of 0.25 (from
+    -32) and 0.5 (from -64), so likely tokens tie. wte's mean row moves to wpe: the blocks read the
+    same wte + wpe. All logits of a position lose the same number, which softmax ignores."""
+    mean = model.wte.weight.mean(dim=0)  # (C,)
+    model.wte.weight -= mean
+    model.wpe.weight += mean
 
 # ---- Around the model, which needs none of these imports -----------------------------------------
 import argparse
@@ -326,7 +335,7 @@ def get_tokenizer():
                              special_tokens={"<|endoftext|>": END_OF_TEXT}, explicit_n_vocab=50257)
 
 def encode(text):
-    """text -> list of token ids. <|endoftext|> in it becomes 50256; OpenAI's encoder spells it."""
+    """text -> list of token ids. <|endoftext|> becomes 50256; OpenAI's encoder splits it up."""
     with explain("the text cannot be encoded; it may have a million spaces in a row", ValueError):
         return get_tokenizer().encode(text, allowed_special="all")
 
@@ -372,11 +381,11 @@ def load_checkpoint(path, verify=False):
     """path -> GPT on the CPU, in eval mode; dict of the training state. No code of the file is run.
     verify compares checksums. Without verify the weights stay in the file until they are used: do
     not write into the file meanwhile. atomic_write may replace it, except on Windows."""
-    with explain(f"{path} cannot be read as a checkpoint; try another, such as best.pt", Exception):
+    with explain(f"{path} cannot be read as a checkpoint; try another file", Exception):
         require(not verify or zipfile.ZipFile(path).testzip() is None, "wrong checksum")
         state = torch.load(path, weights_only=True, mmap=not verify, map_location="cpu")
         config = state.pop("config")
-        require(config.pop("bias", True), "it has no biases, but GPT-2 has")  # as a fork may say
+        require(config.pop("bias", True), "it has no biases, but GPT-2 has")  # nanoGPT's switch
         require(config["vocab_size"] == GPTConfig.vocab_size, "its vocabulary is not GPT-2's")
         # torch.compile puts _orig_mod. before each name, and some programs save them so.
         weights = {k.removeprefix("_orig_mod."): w for k, w in state.pop("model").items()}
@@ -384,22 +393,13 @@ def load_checkpoint(path, verify=False):
     with explain(f"{path} does not fit GPT", RuntimeError):
         return with_weights(config, weights).eval(), state
 
-@torch.no_grad()
-def center_logits(model):
-    """Moves the logits to around 0. OpenAI's 124M has them between -33 and -116, where bfloat16 has
-    steps of 0.25 and 0.5, and likely tokens tie. wte's mean row moves to wpe. The blocks still read
-    the same wte + wpe. All logits of a position lose the same number, which softmax ignores."""
-    mean = model.wte.weight.mean(dim=0)  # (C,)
-    model.wte.weight -= mean
-    model.wpe.weight += mean
-
 # ---- What the scripts share ----------------------------------------------------------------------
 def show_error(kind, error, trace):
     """sys.excepthook: one line for what the user can put right, silence for Ctrl-C."""
     message = one_line(error) or kind.__name__
     shared = int(os.environ.get("WORLD_SIZE") or 1) > 1  # the run has several processes
     if shared and os.environ.get("LOCAL_RANK") != "0":
-        time.sleep(5)  # process 0 usually meets the same error and says it; torchrun then ends all
+        time.sleep(5)  # process 0 usually reports the same error; torchrun then ends the rest
     if kind in (BrokenPipeError, KeyboardInterrupt) or (shared and "closed by peer" in message):
         os._exit(130)  # the reader of a pipe left, or it was Ctrl-C, or another process left
     compiler = kind.__module__.startswith("torch._")  # torch._dynamo and torch._inductor
@@ -423,10 +423,10 @@ def start_script(doc):
                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                    argument_default=argparse.SUPPRESS, allow_abbrev=False)
 
-def number(kind, low, high=sys.float_info.max):
+def number(kind, low, high=math.inf):
     """A type for argparse: an int or float from low to high, so never nan or infinite."""
     def check(text):
-        if not low <= kind(text) <= high:
+        if not low <= kind(text) <= min(high, sys.float_info.max):
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)
     check.__name__ = kind.__name__  # argparse says "invalid int value"
@@ -436,7 +436,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 def choose_device(device, dtype):
     """--device and --dtype -> torch.device, torch.dtype. auto is bfloat16 where a CPU or NVIDIA GPU
-    has it: float32's range, but 8 bits of precision instead of 24. Older ones get float16."""
+    has it (float32's range, with 8 bits of precision, not 24), else float16 on cuda, or float32."""
     if device == "auto":
         found = torch.accelerator.is_available()  # cuda, mps or xpu
         device = torch.accelerator.current_accelerator() if found else "cpu"

@@ -45,7 +45,7 @@ def openai_name(name):
 def transposed(name, weight):
     """Turns a linear layer's weight, [in, out] at OpenAI and Hugging Face, into ours, [out, in], or
     back. If this is forgotten the shapes do not fit, but for attn/c_proj, which is square: there
-    the model runs, and writes nonsense with a bad --score."""
+    the model runs but writes nonsense."""
     return (weight.T if openai_name(name).endswith("/w") else weight).contiguous()
 
 def read_json(path):

@@ -45,9 +45,9 @@ flag("--num_samples", type=number(int, 1), default=1, help="texts, computed as o
 flag("--max_new_tokens", type=number(int, 0), default=200, help="tokens after the prompt")
 flag("--temperature", type=number(float, 0), default=0.8, help="below 1 safer; 0: greedy")
 flag("--top_k", type=number(int, 0), default=50, help="only the k likeliest tokens; 0: all")
-flag("--top_p", type=number(float, 1e-6, 1), default=1.0, help="the likeliest up to p; 1: all")
+flag("--top_p", type=number(float, 1e-6, 1), default=1.0, help="the likeliest that reach p; 1: all")
 flag("--num_beams", type=number(int, 0), default=0, help="width of beam search; 0: sampling")
-flag("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="same texts on the same machine")
+flag("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="one seed gives the same texts")
 flag("--show", type=number(int, 0), default=0, help="the N likeliest tokens at each place; 0: off")
 flag("--stop", action=argparse.BooleanOptionalAction, default=True, help="end at <|endoftext|>")
 flag("--device", default="auto", help="cuda, mps or cpu; auto: the first that is there")
@@ -82,7 +82,7 @@ if "score" in args:
     require(len(ids) > 1, f"--score={args.score}: {len(ids)} token(s), and two are needed")
     loss = score(model, torch.tensor(ids, device=device))
     n_bytes = len(text.encode())
-    bits = loss * len(ids) / n_bytes / math.log(2)  # the first token gets the mean
+    bits = loss * len(ids) / n_bytes / math.log(2)  # the first counts as the mean
     print(f"{args.score}: {len(ids):,} tokens, {n_bytes:,} bytes; loss {loss:.4f} nats a token, "
           f"perplexity {math.exp(min(loss, 700)):.2f}, {bits:.4f} bits a byte")
     sys.exit()

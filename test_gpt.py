@@ -49,7 +49,6 @@ def seed():
     torch.manual_seed(0)
 
 def start(script, *flags, before=(), **options):
-    """A script as a process of its own."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen([*before, sys.executable, os.path.join(HERE, script), *flags],
                             text=True, encoding="utf-8", **pipes | options)
@@ -101,7 +100,6 @@ def same(a, b):
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 def same_run(a, b):
-    """Asserts that weights, optimizer state and every logged step of two runs are equal."""
     for name in ("iter", "loss", "lr", "grad_norm"):
         assert column(a, name) == column(b, name), name
     assert column(a, "val_loss")[-1] == column(b, "val_loss")[-1]
@@ -170,7 +168,6 @@ def test_logits_and_loss_equal_the_oracles(dropout):
     assert model(idx, targets).item() == pytest.approx(loss, abs=1e-5)
 
 def test_gradients_equal_the_slopes_of_the_oracles_loss():
-    """Of each parameter, along a random direction."""
     model, (idx, targets) = tiny().double().requires_grad_(), torch.randint(61, (2, 2, 9))
     model(idx, targets).backward()
     for name, parameter in model.named_parameters():
@@ -223,7 +220,6 @@ def test_dropout_has_the_right_share_and_mean_and_is_off_in_eval():
     assert not torch.equal(model.train()(idx), model(idx))
 
 def test_sizes_shapes_and_modes_that_do_not_fit_are_asserted():
-    """An assert speaks to whoever changes the program."""
     model, (idx, targets) = tiny(), torch.randint(61, (2, 2, 16))
     for words, call, *arguments in (
             ("n_embd=12.*n_head=5", GPT, GPTConfig(61, 16, 2, 5, 12)),
@@ -242,8 +238,6 @@ def test_cached_logits_equal_uncached():
     caches = [gpt.KVCache(model, 3) for _ in model.h]
     parts = torch.cat([model(part, caches=caches) for part in idx.split(pieces, dim=1)], dim=1)
     torch.testing.assert_close(parts, model(idx)[:, [4, 5, 12, 15]], rtol=1e-4, atol=1e-4)
-    with pytest.raises(AssertionError, match="17 tokens exceed"):
-        model(idx[:, :1], caches=caches)
 
 def generated(*arguments, seed=0, **options):
     """All that generate yields, (B, n)."""
@@ -358,8 +352,7 @@ def test_what_a_run_prints_and_logs_and_leaves(run):
     assert len(losses) == 3 and losses[0] == pytest.approx(math.log(50257), abs=0.1)
     assert f"val_loss {losses[2]:.6g} | val_perplexity {math.exp(losses[2]):.6g}" in out
     tokens = gpt.encode(STORY)
-    n = len(tokens) * 9 // 10
-    losses_are_the_oracles(folder, tokens[:n], tokens[n:])
+    losses_are_the_oracles(folder, tokens[:4886], tokens[4886:])  # nine tenths, one tenth
     shown = re.search("```\n(data/story.*?)```", README, re.DOTALL)[1]
     shown, out = (re.sub(r"b?float\d+|\d[\d.,e+-]*", "N", text) for text in (shown, out))
     assert all(line.startswith("sample") or line in out for line in shown.splitlines())
@@ -559,7 +552,9 @@ def test_what_a_fork_adds_is_trained_resumed_kept_and_not_exported(tmp_path, mon
     del model.wpe
     refused("x.pt is not GPT-2: h.1.gate.bias, h.1.gate.weight, rope, wpe.weight$",
             load_gpt2.export, "x.pt", str(tmp_path / "c"))
-    assert not (tmp_path / "c").exists()
+    monkeypatch.setattr(gpt, "Block", None)  # a mistake in a fork is no damaged checkpoint
+    with pytest.raises(TypeError):
+        load(tmp_path / "a")
 
 ARGS = argparse.Namespace(learning_rate=1.0, min_lr=0.1, seed=5, batch_size=3, windows_per_step=6)
 
@@ -575,10 +570,10 @@ def test_schedule(warmup, decay):
 
 def test_a_warm_up_that_is_not_shorter_than_the_run(tmp_path, capsys):
     train_in(tmp_path, "--max_iters=2")
-    assert "the warm-up is not shorter than lr_decay_iters" in capsys.readouterr().out
+    assert "--warmup_iters is not below lr_decay_iters" in capsys.readouterr().out
     train_in(tmp_path, "--resume --max_iters=6")
     assert column(tmp_path, "lr")[2:] == pytest.approx([4e-5] * 4)
-    assert "warm-up" not in capsys.readouterr().out
+    assert "--warmup" not in capsys.readouterr().out
 
 def test_every_window_once_an_epoch_and_anew_in_the_next_or_for_another_seed():
     order = [w for step in range(7) for micro in range(2)
@@ -593,10 +588,12 @@ def test_every_window_once_an_epoch_and_anew_in_the_next_or_for_another_seed():
         assert windows.tolist() == [list(range(8 * i, 8 * i + 9)) for i in range(count)]
 
 def test_fine_tuning_and_sampling_from_a_checkpoint_by_another_program(run, tmp_path, capsys):
-    """It has other things, and weights of a compiled model."""
+    """It has other things, weights of a compiled model, and some in 16 bits."""
     path = tmp_path / "ckpt.pt"
     old, state = load(run[0] / "best.pt")
     weights = {"_orig_mod." + name: weight for name, weight in old.state_dict().items()}
+    weights["_orig_mod.ln_f.bias"] = old.ln_f.bias.data.bfloat16()
+    old.ln_f.bias.data = old.ln_f.bias.data.bfloat16().float()
     torch.save({"config": vars(old.config), "model": weights, "scaler": {}, "step": 9,
                 "optimizer": {"state": {}, "param_groups": []}, "args": {"dtype": "float32"},
                 "best_val_loss": 9.5, "log_bytes": 1234}, path)
@@ -813,7 +810,7 @@ def test_faults_get_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys):
         main(script, "--help")
     out = capsys.readouterr().out
     assert "None" not in out and not re.search("exit\n +--", out[out.index("Trains a"):])  # grouped
-    assert "same texts on the same machine" in " ".join(out.split())
+    assert "one seed gives the same texts" in " ".join(out.split())
     _, err = end(start("train.py", "--data=empty.txt", *SMALL), status=2)
     assert re.fullmatch("train.py: error: .*empty.txt: there is no text in it\n", err)
 
@@ -821,7 +818,7 @@ def test_a_run_is_not_overwritten_nor_changed_by_accident(run, tmp_path, capsys)
     copy = tmp_path / "copy"
     shutil.copytree(run[0], copy)
     for flags, words in (("", "copy.*--resume.*--out_dir.*delete"),
-                         (f"--resume --init_from={copy}", "--resume goes without --init_from"),
+                         (f"--resume --init_from={copy}", "--resume excludes --init_from"),
                          ("--resume --n_layer=3 --dropout=0.5", "n_layer=3.*2.*dropout=0.5"),
                          (f"--resume --data={__file__}", "not the text")):
         refused(words, train_in, copy, flags + " --max_iters=12")
@@ -1091,7 +1088,7 @@ def test_download(tmp_path, monkeypatch):
 def test_every_command_of_the_readme(tmp_path, monkeypatch, capsys):
     """In their order, in one folder, on small models; pip, pytest and curl are left out."""
     monkeypatch.chdir(tmp_path)
-    for name in re.findall(r"curl -o (\S+)", README) + ["my.txt"]:
+    for name in re.findall(r"curl -o (\S+)", README) + ["my.txt", "other.txt"]:
         shutil.copy(train.STORY, name)
     shutil.unpack_archive(TF / "vocab.zip", "models/124M")  # in place of OpenAI's server
     blocks = "".join(re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL))
@@ -1118,3 +1115,6 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch, capsys):
         exec(block, {})
     for line in capsys.readouterr().out.splitlines()[:3]:  # ids, pieces and shapes
         assert line in README
+    code = "".join(pathlib.Path(part.__file__).read_text("utf-8") for part in (gpt, train))
+    for name in re.findall(r"`(\w+)", README[README.index("| X | Y |") :].split("\n\n")[0]):
+        assert name in code, name

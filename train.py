@@ -1,11 +1,11 @@
 """Trains a GPT-2 on a text, from nothing or from a checkpoint.
 
-    python train.py --batch_size=2 --max_iters=150     the built-in story, on any machine
+    python train.py --batch_size=2 --max_iters=150     the built-in story, in 4 GB of memory
     python train.py --data=my.txt --out_dir=my         your own text
     python train.py --resume                           goes on from the last checkpoint
     torchrun --nproc_per_node=4 train.py ...           one run on four GPUs
 
-Read gpt.py first. The script at the end runs from top to bottom, and calls what stands above.
+Read gpt.py first, then this from "Windows, schedule" on, in one pass. What stands before serves it.
 """
 import argparse
 import contextlib
@@ -20,7 +20,6 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -34,9 +33,9 @@ from gpt import (DATA_DIR, DTYPES, END_OF_TEXT, GPT, GPTConfig, atomic_write, ce
 STORY = os.path.join(DATA_DIR, "story.txt")
 COLUMNS = ("iter", "tokens", "loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s")
 # torchrun tells each process how many there are, and its number among all and on its machine.
-PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
-RANK = int(os.environ.get("RANK", 0)) if PROCESSES > 1 else 0
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if PROCESSES > 1 else 0
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
+RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD_SIZE > 1 else 0
 
 # ---- Flags ---------------------------------------------------------------------------------------
 def make_parser():
@@ -59,7 +58,7 @@ def make_parser():
     flag = parser.add_argument_group("training").add_argument
     flag("--max_iters", type=number(int, 0), default=150, help="steps, from the run's beginning")
     flag("--batch_size", type=count, default=2, help="windows in a micro-batch")
-    flag("--gradient_accumulation_steps", type=count, default=1, help="of each process")
+    flag("--gradient_accumulation_steps", type=count, default=1, help="micro-batches per process")
     flag("--learning_rate", type=number(float, 1e-12), default=4e-4, help="the highest rate")
     flag("--min_lr", type=number(float, 0), help="default: learning_rate / 10")
     flag("--warmup_iters", type=number(int, 0), default=30, help="steps of linear warm-up")
@@ -78,13 +77,8 @@ def make_parser():
     flag = parser.add_argument_group("machine").add_argument
     flag("--device", default="auto", help="cuda, mps or cpu; auto: the first that is there")
     flag("--dtype", default="auto", choices=DTYPES, help="of matrix products; auto: what is fast")
-    flag("--compile", action=argparse.BooleanOptionalAction, help="default: on cuda")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on cuda")
     return parser
-
-# --resume may change these, but not windows_per_step. Another batch_size moves dropout's zeros.
-MAY_CHANGE = ("data", "val_data", "resume", "max_iters", "lr_decay_iters", "batch_size",
-              "gradient_accumulation_steps", "eval_interval", "eval_windows", "log_interval",
-              "start", "device", "dtype", "compile")
 
 def print0(*words, **options):
     """print, on process 0. If the terminal or pipe has gone away, training goes on in silence."""
@@ -94,48 +88,6 @@ def print0(*words, **options):
         except OSError:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
-def init_model(parser, args, ckpt_path):
-    """-> args, with defaults from the checkpoint that they name, if any; the GPT to train; and the
-    state of the run that goes on, or {}."""
-    require(not (args.resume and "init_from" in args), "--resume goes without --init_from")
-    source = ckpt_path if args.resume else vars(args).get("init_from")
-    saved = {}  # {flag: value} that the checkpoint decides, unless the flag is typed
-    if source:
-        model, state = load_checkpoint(source, verify=True)
-        saved = asdict(model.config)
-    if args.resume:
-        require("data_hash" in state, f"{source} has no run to go on: start one with --init_from")
-        saved |= state["args"] | {"out_dir": args.out_dir}  # it may have moved
-    elif source:
-        saved["block_size"] = min(saved["block_size"], args.block_size)
-        del saved["dropout"]  # a new run has its own
-    args = parser.parse_args(namespace=argparse.Namespace(**saved))  # typed flags win over saved
-    vars(args).setdefault("val_data", "")
-    vars(args).setdefault("min_lr", args.learning_rate / 10)
-    vars(args).setdefault("lr_decay_iters", args.max_iters)
-    args.windows_per_step = args.batch_size * args.gradient_accumulation_steps * PROCESSES
-    changed = [f"{name}={getattr(args, name)} instead of {value}" for name, value in saved.items()
-               if name not in MAY_CHANGE and getattr(args, name) != value]
-    cure = "a new run may have other flags; with --init_from, all but those of the model"
-    if any(change.startswith("windows_per_step") for change in changed):
-        cure = "windows_per_step is batch_size x gradient_accumulation_steps x processes"
-    require(not changed, f"{source} cannot go on with {', '.join(changed)}; {cure}")
-    require(args.n_embd % args.n_head == 0, f"n_head={args.n_head} does not divide {args.n_embd}")
-    require(args.min_lr <= args.learning_rate, f"--min_lr={args.min_lr} is above --learning_rate")
-    config = GPTConfig(**{k: v for k, v in vars(args).items() if k in vars(GPTConfig())})
-    if not source:
-        torch.manual_seed(args.seed)
-        model = GPT(config)
-    elif not args.resume:
-        whole = model.config.block_size
-        weights = model.state_dict()
-        weights["wpe.weight"] = weights["wpe.weight"][: args.block_size].clone()  # no view of all
-        model = with_weights(config, weights).float()
-        center_logits(model)
-        if args.block_size < whole:
-            print0(f"the first {args.block_size} positions stay; --block_size={whole} keeps all")
-    return args, model, (state if args.resume else {})
-
 # ---- Text to tokens ------------------------------------------------------------------------------
 def read_text(files):
     """Yields the text of the files in parts that encode to the same ids as the whole: it is cut
@@ -143,7 +95,7 @@ def read_text(files):
     rest = ""
     for name in files:
         if name != files[0]:
-            # Attention looks across it, and learns, as in GPT-2's training, that a new text begins.
+            # As in GPT-2's training, it marks a new text. Attention can look across it.
             rest += "<|endoftext|>"
         with explain(f"{name} cannot be read; give --data=PATH", OSError), open(name, "rb") as file:
             while data := b"".join(file.readlines(2**18)):  # whole lines, 256 kB or more
@@ -172,111 +124,21 @@ def load_tokens(flag, args, state):
     tokens are kept in out_dir: a run goes on with them, whatever became of the text."""
     path = getattr(args, flag)
     is_bin = path.endswith(".bin")  # it has tokens already, as nanoGPT writes them
-    name = path if is_bin else os.path.join(args.out_dir, f"{flag}.bin")
-    made = LOCAL_RANK > 0 or state.get("args", {}).get(flag) == path  # by process 0, or before
-    if not is_bin and not (made and os.path.exists(name)):
-        write_tokens(path, name, state.get(f"{flag}_hash"))
-    with explain(f"{name} does not hold GPT-2's tokens as uint16", OSError, ValueError):
-        tokens = np.memmap(name, dtype=np.uint16, mode="r")
+    bin_path = path if is_bin else os.path.join(args.out_dir, f"{flag}.bin")
+    made = LOCAL_RANK > 0 or state.get("args", {}).get(flag) == path  # by process 0 or earlier
+    if not is_bin and not (made and os.path.exists(bin_path)):
+        write_tokens(path, bin_path, state.get(f"{flag}_hash"))
+    with explain(f"{bin_path} does not hold GPT-2's tokens as uint16", OSError, ValueError):
+        tokens = np.memmap(bin_path, dtype=np.uint16, mode="r")
         if is_bin:
             require(tokens[:3].tobytes() != b"\x93NUMPY", "it is a .npy file")
-            require(tokens[1:99:2].any(), "its integers are wider")  # with each second half 0
+            require(tokens[1:99:2].any(), "its integers are wider")  # upper halves are 0
             largest = tokens.max()
             # Ids up to 255 are single bytes. A text of more than a few words has others.
             require(255 < largest <= END_OF_TEXT, f"its largest id is {largest}, not 256 to 50256")
     return tokens, hashlib.sha256(tokens).hexdigest()
 
-# ---- Windows, schedule, step, evaluation ---------------------------------------------------------
-def windows_in(tokens, args, purpose):
-    """tokens (n,) -> a view of their windows (n_windows, block_size + 1). Says how many there are.
-    Two neighbours share one token: the last of a window is a target only."""
-    T = args.block_size
-    n = len(tokens)
-    require(n > T, f"--block_size={T} is too long for {n} tokens to {purpose}: it can be at most "
-            f"{max(n - 1, 0)}")
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, T + 1)[::T]
-    print0(f"{n:,} tokens to {purpose}: {len(windows):,} windows of {T}, of which "
-        f"{min(len(windows), args.eval_windows)} are evaluated")
-    return windows
-
-@functools.lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
-def shuffled(n_windows, seed, epoch):
-    """The order in which an epoch, one pass over the text, reads the windows."""
-    return np.random.default_rng((seed, epoch)).permutation(n_windows)
-
-def window_indices(step, micro, args, n_windows):
-    """The numbers of the batch_size windows of micro-batch `micro` of a step. They follow from the
-    arguments alone: a resumed run reads what it would have read. An epoch reads each window once,
-    in an order of its own. Windows drawn independently would leave some out."""
-    first = step * args.windows_per_step + micro * args.batch_size  # windows read before these
-    return [shuffled(n_windows, args.seed, i // n_windows)[i % n_windows]
-            for i in range(first, first + args.batch_size)]
-
-def loss_on(windows, model, args):
-    """The model's mean loss on windows (B, T + 1), a scalar. Matrix products are computed in
-    args.dtype. Weights, gradients, the x between blocks, LayerNorm and the loss stay float32."""
-    device = next(model.parameters()).device
-    tokens = torch.from_numpy(windows.astype(np.int64)).to(device)  # (B, T + 1)
-    with torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
-        return model(tokens[:, :-1], tokens[:, 1:])  # a token's target is the token after it
-
-def get_lr(step, args):
-    """The rate of a step, counted from 0: a linear warm-up, since AdamW's averages rest on few
-    gradients at first, then half a cosine down to min_lr, to settle into a minimum."""
-    if step >= args.lr_decay_iters:
-        return args.min_lr
-    if step < args.warmup_iters:
-        return args.learning_rate * (step + 1) / args.warmup_iters
-    progress = (step - args.warmup_iters) / (args.lr_decay_iters - args.warmup_iters)
-    return args.min_lr + (args.learning_rate - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
-
-def train_step(step, model, windows, optimizer, scaler, args):
-    """One step of AdamW -> the mean loss of this process's windows, and the gradient norm. float16
-    has nothing between 0 and 6e-8, so the scaler multiplies the loss, and with it all gradients, by
-    a large number, and divides the gradients by it before they are used."""
-    for group in optimizer.param_groups:
-        group["lr"] = get_lr(step, args)
-    loss = 0.0
-    for i in range(args.gradient_accumulation_steps):
-        micro = i * PROCESSES + RANK  # the micro-batch's number among all of the step
-        # The seed of dropout, too, depends on seed, step and micro alone.
-        torch.manual_seed(int(np.random.default_rng((args.seed, step, micro)).integers(2**63)))
-        if PROCESSES > 1:  # gradients add up; they are averaged over processes with the last
-            model.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
-        batch = windows[window_indices(step, micro, args, len(windows))]  # (B, T + 1)
-        # Means, divided by their number, add up to the mean of one large batch.
-        micro_loss = loss_on(batch, model, args) / args.gradient_accumulation_steps
-        scaler.scale(micro_loss).backward()
-        loss += micro_loss.detach()
-    scaler.unscale_(optimizer)
-    # Clip, for one odd batch must not throw the weights far. The norm is from before the clip.
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-    return loss.item(), grad_norm.item()
-
-def sum_over_processes(*values):
-    """Adds up each of the values, Python numbers, over all processes."""
-    if PROCESSES == 1:
-        return values
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
-
-@torch.no_grad()
-def evaluate(model, windows, args):
-    """The mean loss, in nats a token, on eval_windows of the windows, spread evenly over the text.
-    They are always the same, and no random number is drawn."""
-    n = min(len(windows), args.eval_windows)
-    numbers = [i * len(windows) // n for i in range(n)][RANK::PROCESSES]  # this process's share
-    total = 0.0
-    for start in range(0, len(numbers), args.batch_size):
-        batch = windows[numbers[start : start + args.batch_size]]  # (B, T + 1)
-        total += loss_on(batch, model, args).item() * len(batch)
-    return sum_over_processes(total)[0] / n
-
+# ---- Reports, the system, the start --------------------------------------------------------------
 def record(row, log_csv, tokens_left):
     """Writes a row of the log, then prints it, with the time left at this step's speed."""
     log_csv.writerow(row)
@@ -290,7 +152,7 @@ def record(row, log_csv, tokens_left):
 def stop_unless_finite(row, saved_at, scaler, args):
     """Ends the script with status 1 if a number of row is not finite. ckpt.pt stays as it was."""
     bad = [name for name, value in row.items() if not math.isfinite(value)]
-    # When float16 overflows, the scaler skips the step and halves its factor, down to 1.
+    # When float16 overflows, the scaler skips the step and halves its factor. Below 1, give up.
     if not bad or (bad == ["grad_norm"] and scaler.is_enabled() and scaler.get_scale() >= 1):
         return
     cure = ""
@@ -301,7 +163,7 @@ def stop_unless_finite(row, saved_at, scaler, args):
                  "--out_dir=NEW")
         cure = f". {path} still has step {saved_at}: python train.py {shlex.join(flags)}"
     print0(f"train.py: error: {bad[0]} is {row[bad[0]]} at step {row['iter']} (learning rate "
-        f"{row.get('lr', 0):.1e}, {args.dtype}){cure}", file=sys.__stderr__)
+           f"{row.get('lr', 0):.1e}, {args.dtype}){cure}", file=sys.__stderr__)
     sys.exit(1)
 
 def show_sample(model, args):
@@ -319,9 +181,9 @@ def plot(log, tokens_per_step, path):
         from matplotlib.figure import Figure
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
-        for column, style in (("loss", "C7-"), ("train_loss", "C0o-"), ("val_loss", "C1o-")):
-            points = [(row["iter"], row[column]) for row in log if column in row]  # or none
-            axes.plot(*np.reshape(points, (-1, 2)).T, style, label=column)
+        for name, style in (("loss", "C7-"), ("train_loss", "C0o-"), ("val_loss", "C1o-")):
+            rows = [row for row in log if name in row]
+            axes.plot([row["iter"] for row in rows], [row[name] for row in rows], style, label=name)
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         axes.grid(alpha=0.3)
         axes.legend()
@@ -331,7 +193,6 @@ def plot(log, tokens_per_step, path):
     except Exception as error:  # a picture is not worth a run
         print0(f"warning: no {path}: {one_line(error)}")
 
-# ---- The system ----------------------------------------------------------------------------------
 def lock_folder(folder):
     """Only one run may write to a folder. The system drops the lock when this process ends."""
     import filelock
@@ -374,6 +235,145 @@ def peak_memory(device):
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
+# --resume may change these, if windows_per_step stays. A new batch_size moves dropout's zeros.
+MAY_CHANGE = ("data", "val_data", "resume", "max_iters", "lr_decay_iters", "batch_size",
+              "gradient_accumulation_steps", "eval_interval", "eval_windows", "log_interval",
+              "start", "device", "dtype", "compile")
+
+def init_run(parser, args, ckpt_path):
+    """-> args, with defaults from the checkpoint that they name, if any; the GPT to train; and the
+    state of the run that goes on, or {}."""
+    require(not (args.resume and "init_from" in args), "--resume excludes --init_from")
+    source = ckpt_path if args.resume else vars(args).get("init_from")
+    saved = {}  # {flag: value} that the checkpoint decides, unless the flag is typed
+    if source:
+        model, state = load_checkpoint(source, verify=True)
+        saved = dict(vars(model.config))
+    if args.resume:
+        require("data_hash" in state, f"{source} holds no run to resume; --init_from starts one")
+        saved |= state["args"] | {"out_dir": args.out_dir}  # it may have moved
+    elif source:
+        saved["block_size"] = min(saved["block_size"], args.block_size)
+        del saved["dropout"]  # a new run has its own
+    args = parser.parse_args(namespace=argparse.Namespace(**saved))  # typed flags win over saved
+    vars(args).setdefault("val_data", "")
+    vars(args).setdefault("min_lr", args.learning_rate / 10)
+    vars(args).setdefault("lr_decay_iters", args.max_iters)
+    args.windows_per_step = args.batch_size * args.gradient_accumulation_steps * WORLD_SIZE
+    changed = [f"{name}={getattr(args, name)} instead of {value}" for name, value in saved.items()
+               if name not in MAY_CHANGE and getattr(args, name) != value]
+    cure = "start a new run for other flags; --init_from keeps the model's sizes"
+    if any(change.startswith("windows_per_step") for change in changed):
+        cure = "windows_per_step is batch_size x gradient_accumulation_steps x processes"
+    require(not changed, f"{source} cannot go on with {', '.join(changed)}; {cure}")
+    require(args.n_embd % args.n_head == 0, f"n_head={args.n_head} does not divide {args.n_embd}")
+    require(args.min_lr <= args.learning_rate, f"--min_lr={args.min_lr} is above --learning_rate")
+    config = GPTConfig(**{k: v for k, v in vars(args).items() if k in vars(GPTConfig())})
+    if not source:
+        torch.manual_seed(args.seed)
+        model = GPT(config)
+    elif not args.resume:
+        whole = model.config.block_size
+        weights = model.state_dict()
+        weights["wpe.weight"] = weights["wpe.weight"][: args.block_size].clone()  # a copy
+        model = with_weights(config, weights).float()
+        center_logits(model)
+        if args.block_size < whole:
+            print0(f"the first {args.block_size} positions stay; --block_size={whole} keeps all")
+    return args, model, (state if args.resume else {})
+
+# ---- Windows, schedule, step, evaluation ---------------------------------------------------------
+def windows_in(tokens, args, purpose):
+    """tokens (n,) -> a view of their windows (n_windows, block_size + 1). Says how many there are.
+    Two neighbours share one token: the last of a window is a target only."""
+    T = args.block_size
+    n = len(tokens)
+    require(n > T, f"--block_size={T} is too long for {n} tokens to {purpose}: it can be at most "
+            f"{max(n - 1, 0)}")
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, T + 1)[::T]
+    print0(f"{n:,} tokens to {purpose}: {len(windows):,} windows of {T}, of which "
+           f"{min(len(windows), args.eval_windows)} are evaluated")
+    return windows
+
+@functools.lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
+def shuffled(n_windows, seed, epoch):
+    """The order in which an epoch, one pass over the text, reads the windows."""
+    return np.random.default_rng((seed, epoch)).permutation(n_windows)
+
+def window_indices(step, micro_step, args, n_windows):
+    """The indices of the batch_size windows of a micro-batch of a step. They follow from the
+    arguments alone: a resumed run reads what it would have read. An epoch reads each window once,
+    in an order of its own. Windows drawn independently would leave some out."""
+    first = step * args.windows_per_step + micro_step * args.batch_size  # windows read before these
+    return [shuffled(n_windows, args.seed, i // n_windows)[i % n_windows]
+            for i in range(first, first + args.batch_size)]
+
+def loss_on(windows, model, args):
+    """The model's mean loss on windows (B, T + 1), a scalar. Matrix products are computed in
+    args.dtype. Weights, gradients, the x between blocks, LayerNorm and the loss stay float32."""
+    device = next(model.parameters()).device
+    tokens = torch.from_numpy(windows.astype(np.int64)).to(device)  # (B, T + 1)
+    with torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
+        return model(tokens[:, :-1], tokens[:, 1:])  # a token's target is the token after it
+
+def get_lr(step, args):
+    """The rate of a step, counted from 0: a linear warm-up, since AdamW's averages rest on few
+    gradients at first, then half a cosine down to min_lr, to settle into a minimum."""
+    if step >= args.lr_decay_iters:
+        return args.min_lr
+    if step < args.warmup_iters:
+        return args.learning_rate * (step + 1) / args.warmup_iters
+    progress = (step - args.warmup_iters) / (args.lr_decay_iters - args.warmup_iters)
+    return args.min_lr + (args.learning_rate - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+def train_step(step, model, windows, optimizer, scaler, args):
+    """One step of AdamW -> the mean loss of this process's windows, and the gradient norm. float16
+    has nothing between 0 and 6e-8, so the scaler multiplies the loss, and with it all gradients, by
+    a large number, and divides the gradients by it before they are used."""
+    for group in optimizer.param_groups:
+        group["lr"] = get_lr(step, args)
+    loss = 0.0
+    for i in range(args.gradient_accumulation_steps):
+        micro_step = i * WORLD_SIZE + RANK  # the micro-batch's number among all of the step
+        # The seed of dropout, too, depends on seed, step and micro_step alone.
+        seed = np.random.default_rng((args.seed, step, micro_step)).integers(2**63)
+        torch.manual_seed(int(seed))
+        if WORLD_SIZE > 1:  # gradients add up; they are averaged over processes with the last
+            model.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
+        batch = windows[window_indices(step, micro_step, args, len(windows))]  # (B, T + 1)
+        # Each mean, divided by their number: the sum is then the mean of one large batch.
+        micro_loss = loss_on(batch, model, args) / args.gradient_accumulation_steps
+        scaler.scale(micro_loss).backward()
+        loss += micro_loss.detach()
+    scaler.unscale_(optimizer)
+    # Clip, so that one odd batch cannot throw the weights far. The norm is from before the clip.
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return loss.item(), grad_norm.item()
+
+def sum_over_processes(*values):
+    """Adds up each of the values, Python numbers, over all processes."""
+    if WORLD_SIZE == 1:
+        return values
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+@torch.no_grad()
+def evaluate(model, windows, args):
+    """The mean loss, in nats a token, on eval_windows of the windows, spread evenly over the text.
+    They are always the same, and no random number is drawn."""
+    n = min(len(windows), args.eval_windows)
+    indices = [i * len(windows) // n for i in range(n)][RANK::WORLD_SIZE]  # this process's share
+    total = 0.0
+    for start in range(0, len(indices), args.batch_size):
+        batch = windows[indices[start : start + args.batch_size]]  # (B, T + 1)
+        total += loss_on(batch, model, args).item() * len(batch)
+    return sum_over_processes(total)[0] / n
+
 # ---- The script ----------------------------------------------------------------------------------
 if __name__ == "__main__":
     parser = make_parser()
@@ -385,9 +385,9 @@ if __name__ == "__main__":
         lock = lock_folder(args.out_dir)  # held as long as the name lives
     require(args.resume or not os.path.exists(ckpt_path),
             f"{ckpt_path} holds a run: give --resume, another --out_dir, or delete it")
-    args, model, state = init_model(parser, args, ckpt_path)
+    args, model, state = init_run(parser, args, ckpt_path)
 
-    if PROCESSES > 1 and args.device != "cpu" and torch.cuda.is_available():
+    if WORLD_SIZE > 1 and args.device != "cpu" and torch.cuda.is_available():
         require(LOCAL_RANK < torch.cuda.device_count(), "--nproc_per_node exceeds the GPUs here")
         torch.cuda.set_device(LOCAL_RANK)  # the one that "cuda" means from here on
     device, dtype = choose_device(args.device, args.dtype)
@@ -395,8 +395,8 @@ if __name__ == "__main__":
     keep_freed_memory()
     model.to(device)
 
-    # The first process of each machine makes the tokens files. The others wait until its barrier.
-    if PROCESSES > 1:
+    # The first process of each machine makes the tokens files. The others wait at the barrier.
+    if WORLD_SIZE > 1:
         with explain("WORLD_SIZE is set, but not by torchrun: unset it", ValueError):
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                     timeout=datetime.timedelta(hours=12))  # to tokenize a long text
@@ -408,15 +408,15 @@ if __name__ == "__main__":
     if args.val_data:
         train_tokens = tokens
         val_tokens, val_hash = load_tokens("val_data", args, state)
-    if PROCESSES > 1 and LOCAL_RANK == 0:
+    if WORLD_SIZE > 1 and LOCAL_RANK == 0:
         dist.barrier()
     require(not state or [state["data_hash"], state["val_data_hash"]] == [data_hash, val_hash],
             f"a text is not that of this run, or a .bin in {args.out_dir} is damaged: delete it")
-    val_windows = windows_in(val_tokens, args, "validate")  # mostly the shorter one
+    val_windows = windows_in(val_tokens, args, "validate")  # first: usually the shorter one
     train_windows = windows_in(train_tokens, args, "train on")
     tokens_per_step = args.windows_per_step * args.block_size
     print0(f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {args.dtype}, "
-        f"{tokens_per_step:,} tokens a step")
+           f"{tokens_per_step:,} tokens a step")
 
     # AdamW (Loshchilov and Hutter, 2019) moves a weight by lr times its averaged gradient over the
     # root of its averaged squared gradient. It takes lr * weight_decay of each matrix and embedding
@@ -433,7 +433,7 @@ if __name__ == "__main__":
         print0(f"going on from step {state['step']}")
     # DDP averages gradients over processes. It and torch.compile train the weights of model itself.
     wrapped = torch.compile(model) if getattr(args, "compile", device.type == "cuda") else model
-    if PROCESSES > 1:
+    if WORLD_SIZE > 1:
         wrapped = torch.nn.parallel.DistributedDataParallel(wrapped)
 
     step = state.get("step", 0)
@@ -446,14 +446,14 @@ if __name__ == "__main__":
         log_csv.writeheader()
         log_csv.writerows(log)
     if args.warmup_iters >= args.lr_decay_iters > step:
-        print0("the warm-up is not shorter than lr_decay_iters: it drops to min_lr at once")
+        print0("--warmup_iters is not below lr_decay_iters: the rate drops to min_lr after it")
     print0(f"a blind guess costs a loss of {math.log(model.config.vocab_size):.4f}, ln(vocab_size)")
 
     caught = catch_signals()
     stop = False
-    row = {"iter": 0, "tokens": 0}  # the log's row of the last step; the loop's end fills it
+    row = {"iter": 0, "tokens": 0}  # the last step's row of the log, made at the loop's end
     while True:
-        # 1. After `step` steps: evaluate, log, save. The step of ckpt.pt is not new: that was done.
+        # 1. After `step` steps: evaluate, log, save. For ckpt.pt's own step that is done.
         is_new = step > saved_at
         evaluating = is_new and (step % args.eval_interval == 0 or step == args.max_iters)
         model.eval()  # no dropout
@@ -470,7 +470,7 @@ if __name__ == "__main__":
                 best = {"step": step, "val_loss": row["val_loss"]}
                 save_checkpoint(best_path, model, **best)
             if evaluating or stop:
-                # With AdamW's two averages for each weight it is three times as large as best.pt.
+                # The two averages that AdamW keeps for each weight make it three times as large.
                 save_checkpoint(ckpt_path, model, optimizer=optimizer.state_dict(), log=log,
                                 scaler=scaler.state_dict(), args=vars(args), data_hash=data_hash,
                                 val_data_hash=val_hash, best=best, step=step,
@@ -486,14 +486,14 @@ if __name__ == "__main__":
         step_started = time.perf_counter()
         loss, grad_norm = train_step(step, wrapped, train_windows, optimizer, scaler, args)
         step += 1
-        loss, signals = sum_over_processes(loss / PROCESSES, len(caught))
+        loss, signals = sum_over_processes(loss / WORLD_SIZE, len(caught))
         stop = signals > 0
         speed = tokens_per_step / (time.perf_counter() - step_started)
         row = {"iter": step, "tokens": step * tokens_per_step, "loss": loss,
                "lr": get_lr(step - 1, args), "grad_norm": grad_norm, "tokens_per_s": speed}
 
-    if PROCESSES > 1:
-        dist.barrier()  # wait for process 0, which may be saving: who leaves early may crash
+    if WORLD_SIZE > 1:
+        dist.barrier()  # process 0 may still be saving, and a process that leaves early may crash
         dist.destroy_process_group()
     if stop and step < args.max_iters:
         print0(f"stopped and saved at step {step}; go on with --resume --out_dir={args.out_dir}")
