@@ -1,9 +1,9 @@
-"""GPT-2, from token ids to the next token: attention, block, model, cache, sampling, beam search.
+"""GPT-2: token ids in, the next token out. The model goes from the top to `center_logits`.
 
 Each tensor's shape stands beside it: B sequences of T tokens, C channels a token (n_embd), H heads
-of D = C / H channels each, V tokens in the vocabulary; S = T + the tokens that a KVCache holds.
+of D = C / H channels each, V tokens in the vocabulary; S = T + the tokens already in a KVCache.
 Sources: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), and OpenAI's
-gpt-2/src/model.py, which lacks dropout and c_proj's scaling. The second imports serve the scripts.
+gpt-2/src/model.py, which has neither dropout nor an initialization that depends on the depth.
 """
 import math
 from dataclasses import asdict, dataclass
@@ -35,7 +35,7 @@ def attend(q, k, v, dropout_p=0.0):
     value weighs more the better its key fits the query. k and v are (B, H, S, D). q (B, H, T, D)
     has only the last T of the S tokens: all of them if there is no cache. Returns (B, H, T, D)."""
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
-    if dropout_p > 0 and q.device.type == "cpu":  # written out, as our own `dropout` is faster
+    if dropout_p > 0 and q.device.type == "cpu":  # written out, as `dropout`, below, is faster
         # A score sums up D products, so it spreads sqrt(D) times as wide as one of them. Without
         # the division, softmax would give nearly all weight to one key and hardly pass gradients.
         scores = (q / math.sqrt(D)) @ k.transpose(2, 3) + causal_mask(q, S)  # (B, H, T, S)
@@ -46,6 +46,19 @@ def attend(q, k, v, dropout_p=0.0):
     mask = None if T in (1, S) else causal_mask(q, S)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p,
                                           is_causal=T == S)
+
+def dropout(x, p, training=True):
+    """F.dropout, faster on a CPU: while training, each element of x becomes 0 with probability p,
+    and the others are scaled up. So the model cannot rely on any single one."""
+    if not training or p in (0, 1) or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p, training)
+    # PyTorch draws a number for each element. Here 64 random bits serve four elements: 16 bits,
+    # read as int16, are a number from -32768 to 32767. The lowest numbers drop their element.
+    bits = torch.randint(-2**63, 2**63 - 1, (x.numel() // 4 + 1,))  # int64
+    numbers = bits.view(torch.int16)[: x.numel()].view(x.shape)
+    n_low = min(round(p * 65536), 65535)  # how many of the 65,536 possible numbers drop theirs
+    keep = torch.ge(numbers, n_low - 32768, out=torch.empty_like(x))  # 0 or 1, in the dtype of x
+    return x * keep.mul_(65536 / (65536 - n_low))
 
 def linear(n_in, n_out, std=0.02):
     """An nn.Linear with weights from normal(0, std), 0.02 as in OpenAI's model.py, and biases 0."""
@@ -241,19 +254,6 @@ def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
     found.append((scores[0] / max(1, max_new_tokens), beams[0]))
     return max(found, key=lambda pair: pair[0])[1]
 
-def dropout(x, p, training=True):
-    """F.dropout, faster on a CPU: while training, each element of x becomes 0 with probability p,
-    and the others are scaled up. So the model cannot rely on any single one."""
-    if not training or p in (0, 1) or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p, training)
-    # PyTorch draws a number for each element. Here 64 random bits serve four elements: 16 bits,
-    # read as int16, are a number from -32768 to 32767. The lowest numbers drop their element.
-    bits = torch.randint(-2**63, 2**63 - 1, (x.numel() // 4 + 1,))  # int64
-    numbers = bits.view(torch.int16)[: x.numel()].view(x.shape)
-    n_low = min(round(p * 65536), 65535)  # how many of the 65,536 possible numbers drop theirs
-    keep = torch.ge(numbers, n_low - 32768, out=torch.empty_like(x))  # 0 or 1, in the dtype of x
-    return x * keep.mul_(65536 / (65536 - n_low))
-
 @torch.no_grad()
 def center_logits(model):
     """Moves the logits to around 0. OpenAI's lie far below, where bfloat16 has steps of 0.25 (from
@@ -276,7 +276,7 @@ import zipfile
 import tiktoken
 
 class InputError(ValueError):
-    """The user can put it right, and the message says how. Mistakes in the program are asserts."""
+    """An error of the user's, told in one line. Mistakes in the program are asserts."""
 
 def require(condition, message):
     if not condition:
@@ -385,7 +385,7 @@ def load_checkpoint(path, verify=False):
         require(not verify or zipfile.ZipFile(path).testzip() is None, "wrong checksum")
         state = torch.load(path, weights_only=True, mmap=not verify, map_location="cpu")
         config = state.pop("config")
-        require(config.pop("bias", True), "it has no biases, but GPT-2 has")  # nanoGPT's switch
+        require(config.pop("bias", True), "it has no biases, but GPT-2 has")  # a fork's switch
         require(config["vocab_size"] == GPTConfig.vocab_size, "its vocabulary is not GPT-2's")
         # torch.compile puts _orig_mod. before each name, and some programs save them so.
         weights = {k.removeprefix("_orig_mod."): w for k, w in state.pop("model").items()}

@@ -72,8 +72,8 @@ def read_openai(folder):
     path = os.path.join(folder, DATA)
     total = 4 * sum(shape.numel() for shape in shapes.values())
     have = os.path.getsize(path) if os.path.exists(path) else 0
-    require(have == total, f"{path} has {have:,} bytes; the variables of a model of the sizes "
-            f"in {HPARAMS}, in float32, all in one file, have {total:,}")
+    require(have == total, f"{path} has {have:,} bytes; a float32 model with the sizes in "
+            f"{HPARAMS}, in one file, has {total:,}")
     weights = {}
     with open(path, "rb") as file:
         for name in sorted(shapes, key=openai_name):  # as text: h10 comes before h2
@@ -151,7 +151,7 @@ def fetch(url, path):
     os.replace(path + ".part", path)
 
 def download(size, folder):
-    """Fetches OpenAI's files of that size into folder, but for those that are there."""
+    """Fetches OpenAI's files of that size into folder, except those already there."""
     os.makedirs(folder, exist_ok=True)
     for name in (HPARAMS, DATA):
         path = os.path.join(folder, name)
@@ -215,9 +215,10 @@ if __name__ == "__main__":
     if args.source in SIZES and not os.path.exists(folder):
         folder = os.path.join("models", args.source)
         name = f"gpt2-{args.source}"
-        download(args.source, folder)
     out = os.path.expanduser(vars(args).get("out", os.path.join("models", f"{name}.pt")))
     require(not os.path.exists(out), f"{out} exists: delete it, or name another file with --out")
+    if folder == os.path.join("models", args.source):
+        download(args.source, folder)
     model = load_gpt2(folder)
     require(model.config.vocab_size == GPTConfig.vocab_size, f"{folder} has another vocabulary")
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)

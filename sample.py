@@ -43,7 +43,7 @@ flag("--score", metavar="FILE",
 flag("--checkpoint", default="out/ckpt.pt", type=os.path.expanduser, help="whose weights to use")
 flag("--num_samples", type=number(int, 1), default=1, help="texts, computed as one batch")
 flag("--max_new_tokens", type=number(int, 0), default=200, help="tokens after the prompt")
-flag("--temperature", type=number(float, 0), default=0.8, help="below 1 safer; 0: greedy")
+flag("--temperature", type=number(float, 0), default=0.8, help="low: safer; 0: greedy")
 flag("--top_k", type=number(int, 0), default=50, help="only the k likeliest tokens; 0: all")
 flag("--top_p", type=number(float, 1e-6, 1), default=1.0, help="the likeliest that reach p; 1: all")
 flag("--num_beams", type=number(int, 0), default=0, help="width of beam search; 0: sampling")
@@ -92,7 +92,7 @@ if text[-1:].isspace():  # GPT-2's words bring their own space; after one more, 
 limit = model.config.block_size
 if len(ids) > limit:
     print(f"warning: of the prompt's {len(ids)} tokens, the last {limit} are used", file=sys.stderr)
-# In GPT-2's training <|endoftext|> stood before a document, so it stands for an empty prompt.
+# In GPT-2's training <|endoftext|> stood before a document, so it replaces an empty prompt.
 idx = torch.tensor([ids or [END_OF_TEXT]], device=device).expand(args.num_samples, -1)  # (B, T)
 stop_token = END_OF_TEXT if args.stop else None
 tokenizer = get_tokenizer()

@@ -570,7 +570,7 @@ def test_schedule(warmup, decay):
 
 def test_a_warm_up_that_is_not_shorter_than_the_run(tmp_path, capsys):
     train_in(tmp_path, "--max_iters=2")
-    assert "--warmup_iters is not below lr_decay_iters" in capsys.readouterr().out
+    assert "--warmup_iters reaches past lr_decay_iters" in capsys.readouterr().out
     train_in(tmp_path, "--resume --max_iters=6")
     assert column(tmp_path, "lr")[2:] == pytest.approx([4e-5] * 4)
     assert "--warmup" not in capsys.readouterr().out
@@ -765,7 +765,7 @@ FAULTS = {  # what users of such projects met: by script, flags and what the mes
         ("--data=chars.bin", "largest id is 64, not 256"), ("--out_dir=latin.txt", "latin.txt"),
         ("--data=short.txt", "--block_size=32.* 13 .* 12$"), ("--data=odd.bin", "bin .*multiple"),
         ("--data=empty.bin", "bin .*empty"), ("--data=high.bin", "largest id is 50257"),
-        ("--batchsize=2", "--batchsize"), ("--learning_rate=nan", "nan"), ("--resume", "out.ckpt"),
+        ("--batchsize=2", "--batchsize"), ("--learning_rate=inf", "inf"), ("--resume", "out.ckpt"),
         ("--dropout=1", "t: 1 is not"), ("--device=cuda:99", "cuda:99"), ("--device=gpu", "gpu c"),
         ("--init_from=page.pt", "page.pt"), ("--init_from=vocab.pt --block_size=16", "vocabulary"),
         ("--init_from=small.pt --block_size=16 --n_layer=2", "n_layer=2 .*1"),
@@ -804,7 +804,7 @@ def test_faults_get_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys):
             message = f"{getattr(error, 'filename', None)}: {error}"
         assert re.search(words, message) and "\n" not in message, (flags, message)
         left = set(os.listdir("out") if os.path.exists("out") else ())
-        assert left <= ({"lock", "data.bin"} if "too long" in message else {"lock"}), flags
+        assert left <= ({"lock", "data.bin"} if "allow at" in message else {"lock"}), flags
         shutil.rmtree("out", ignore_errors=True)
     for script in ("sample.py", "load_gpt2.py", "train.py"):
         main(script, "--help")

@@ -5,7 +5,7 @@
     python train.py --resume                           goes on from the last checkpoint
     torchrun --nproc_per_node=4 train.py ...           one run on four GPUs
 
-Read gpt.py first, then this from "Windows, schedule" on, in one pass. What stands before serves it.
+Read gpt.py first. Flags, a training step and evaluation come first, the loop comes last.
 """
 import argparse
 import contextlib
@@ -67,7 +67,7 @@ def make_parser():
     # AdamW averages about 1 / (1 - beta) gradients: 5 for 0.8, which suits a short run, 10 for 0.9.
     flag("--beta1", type=number(float, 0, 0.9999), default=0.8, help="AdamW's first beta")
     flag("--beta2", type=number(float, 0, 0.9999), default=0.95, help="AdamW's second beta")
-    flag("--grad_clip", type=number(float, 0), default=1.0, help="maximum gradient norm; 0: any")
+    flag("--grad_clip", type=number(float, 0), default=1.0, help="gradient norm limit; 0: none")
     flag("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="decides all that is random")
     flag = parser.add_argument_group("evaluation").add_argument
     flag("--eval_interval", type=count, default=30, help="steps between evaluations")
@@ -87,6 +87,97 @@ def print0(*words, **options):
             print(*words, **options)
         except OSError:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+# ---- Windows, schedule, step, evaluation ---------------------------------------------------------
+def windows_in(tokens, args, purpose):
+    """tokens (n,) -> a view of their windows (n_windows, block_size + 1). Says how many there are.
+    Two neighbours share one token: the last of a window is a target only."""
+    T = args.block_size
+    n = len(tokens)
+    require(n > T, f"--block_size={T}: {n} tokens to {purpose} allow at most {max(n - 1, 0)}")
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, T + 1)[::T]
+    print0(f"{n:,} tokens to {purpose}: {len(windows):,} windows of {T}, of which "
+           f"{min(len(windows), args.eval_windows)} are evaluated")
+    return windows
+
+@functools.lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
+def shuffled(n_windows, seed, epoch):
+    """The order in which an epoch, one pass over the text, reads the windows."""
+    return np.random.default_rng((seed, epoch)).permutation(n_windows)
+
+def window_indices(step, micro_step, args, n_windows):
+    """The indices of the batch_size windows of a micro-batch of a step. They follow from the
+    arguments alone: a resumed run reads what it would have read. An epoch reads each window once,
+    in an order of its own. Windows drawn independently would leave some out."""
+    first = step * args.windows_per_step + micro_step * args.batch_size  # windows read before these
+    return [shuffled(n_windows, args.seed, i // n_windows)[i % n_windows]
+            for i in range(first, first + args.batch_size)]
+
+def loss_on(windows, model, args):
+    """The model's mean loss on windows (B, T + 1), a scalar. Matrix products are computed in
+    args.dtype. Weights, gradients, the x between blocks, LayerNorm and the loss stay float32."""
+    device = next(model.parameters()).device
+    tokens = torch.from_numpy(windows.astype(np.int64)).to(device)  # (B, T + 1)
+    with torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
+        return model(tokens[:, :-1], tokens[:, 1:])  # a token's target is the token after it
+
+def get_lr(step, args):
+    """The rate of a step, counted from 0: a linear warm-up, since AdamW's averages rest on few
+    gradients at first, then half a cosine down to min_lr, to settle into a minimum."""
+    if step >= args.lr_decay_iters:
+        return args.min_lr
+    if step < args.warmup_iters:
+        return args.learning_rate * (step + 1) / args.warmup_iters
+    progress = (step - args.warmup_iters) / (args.lr_decay_iters - args.warmup_iters)
+    return args.min_lr + (args.learning_rate - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+def train_step(step, model, windows, optimizer, scaler, args):
+    """One step of AdamW -> the mean loss of this process's windows, and the gradient norm. float16
+    has nothing between 0 and 6e-8, so the scaler multiplies the loss, and with it all gradients, by
+    a large number, and divides the gradients by it before they are used."""
+    for group in optimizer.param_groups:
+        group["lr"] = get_lr(step, args)
+    loss = 0.0
+    for i in range(args.gradient_accumulation_steps):
+        micro_step = i * WORLD_SIZE + RANK  # the micro-batch's number among all of the step
+        # The seed of dropout, too, depends on seed, step and micro_step alone.
+        seed = np.random.default_rng((args.seed, step, micro_step)).integers(2**63)
+        torch.manual_seed(int(seed))
+        if WORLD_SIZE > 1:  # average gradients over processes after the last one alone
+            model.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
+        batch = windows[window_indices(step, micro_step, args, len(windows))]  # (B, T + 1)
+        # Each mean, divided by their number: the sum is then the mean of one large batch.
+        micro_loss = loss_on(batch, model, args) / args.gradient_accumulation_steps
+        scaler.scale(micro_loss).backward()
+        loss += micro_loss.detach()
+    scaler.unscale_(optimizer)
+    # Clip, so that one odd batch cannot throw the weights far. The norm is from before the clip.
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return loss.item(), grad_norm.item()
+
+def sum_over_processes(*values):
+    """Adds up each of the values, Python numbers, over all processes."""
+    if WORLD_SIZE == 1:
+        return values
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+@torch.no_grad()
+def evaluate(model, windows, args):
+    """The mean loss, in nats a token, on eval_windows of the windows, spread evenly over the text.
+    They are always the same, and no random number is drawn."""
+    n = min(len(windows), args.eval_windows)
+    indices = [i * len(windows) // n for i in range(n)][RANK::WORLD_SIZE]  # this process's share
+    total = 0.0
+    for start in range(0, len(indices), args.batch_size):
+        batch = windows[indices[start : start + args.batch_size]]  # (B, T + 1)
+        total += loss_on(batch, model, args).item() * len(batch)
+    return sum_over_processes(total)[0] / n
 
 # ---- Text to tokens ------------------------------------------------------------------------------
 def read_text(files):
@@ -125,7 +216,7 @@ def load_tokens(flag, args, state):
     path = getattr(args, flag)
     is_bin = path.endswith(".bin")  # it has tokens already, as nanoGPT writes them
     bin_path = path if is_bin else os.path.join(args.out_dir, f"{flag}.bin")
-    made = LOCAL_RANK > 0 or state.get("args", {}).get(flag) == path  # by process 0 or earlier
+    made = RANK > 0 or state.get("args", {}).get(flag) == path  # by process 0 or earlier
     if not is_bin and not (made and os.path.exists(bin_path)):
         write_tokens(path, bin_path, state.get(f"{flag}_hash"))
     with explain(f"{bin_path} does not hold GPT-2's tokens as uint16", OSError, ValueError):
@@ -235,7 +326,7 @@ def peak_memory(device):
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
-# --resume may change these, if windows_per_step stays. A new batch_size moves dropout's zeros.
+# --resume may change these, if windows_per_step stays. A new batch_size changes dropout.
 MAY_CHANGE = ("data", "val_data", "resume", "max_iters", "lr_decay_iters", "batch_size",
               "gradient_accumulation_steps", "eval_interval", "eval_windows", "log_interval",
               "start", "device", "dtype", "compile")
@@ -282,98 +373,6 @@ def init_run(parser, args, ckpt_path):
             print0(f"the first {args.block_size} positions stay; --block_size={whole} keeps all")
     return args, model, (state if args.resume else {})
 
-# ---- Windows, schedule, step, evaluation ---------------------------------------------------------
-def windows_in(tokens, args, purpose):
-    """tokens (n,) -> a view of their windows (n_windows, block_size + 1). Says how many there are.
-    Two neighbours share one token: the last of a window is a target only."""
-    T = args.block_size
-    n = len(tokens)
-    require(n > T, f"--block_size={T} is too long for {n} tokens to {purpose}: it can be at most "
-            f"{max(n - 1, 0)}")
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, T + 1)[::T]
-    print0(f"{n:,} tokens to {purpose}: {len(windows):,} windows of {T}, of which "
-           f"{min(len(windows), args.eval_windows)} are evaluated")
-    return windows
-
-@functools.lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
-def shuffled(n_windows, seed, epoch):
-    """The order in which an epoch, one pass over the text, reads the windows."""
-    return np.random.default_rng((seed, epoch)).permutation(n_windows)
-
-def window_indices(step, micro_step, args, n_windows):
-    """The indices of the batch_size windows of a micro-batch of a step. They follow from the
-    arguments alone: a resumed run reads what it would have read. An epoch reads each window once,
-    in an order of its own. Windows drawn independently would leave some out."""
-    first = step * args.windows_per_step + micro_step * args.batch_size  # windows read before these
-    return [shuffled(n_windows, args.seed, i // n_windows)[i % n_windows]
-            for i in range(first, first + args.batch_size)]
-
-def loss_on(windows, model, args):
-    """The model's mean loss on windows (B, T + 1), a scalar. Matrix products are computed in
-    args.dtype. Weights, gradients, the x between blocks, LayerNorm and the loss stay float32."""
-    device = next(model.parameters()).device
-    tokens = torch.from_numpy(windows.astype(np.int64)).to(device)  # (B, T + 1)
-    with torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
-        return model(tokens[:, :-1], tokens[:, 1:])  # a token's target is the token after it
-
-def get_lr(step, args):
-    """The rate of a step, counted from 0: a linear warm-up, since AdamW's averages rest on few
-    gradients at first, then half a cosine down to min_lr, to settle into a minimum."""
-    if step >= args.lr_decay_iters:
-        return args.min_lr
-    if step < args.warmup_iters:
-        return args.learning_rate * (step + 1) / args.warmup_iters
-    progress = (step - args.warmup_iters) / (args.lr_decay_iters - args.warmup_iters)
-    return args.min_lr + (args.learning_rate - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
-
-def train_step(step, model, windows, optimizer, scaler, args):
-    """One step of AdamW -> the mean loss of this process's windows, and the gradient norm. float16
-    has nothing between 0 and 6e-8, so the scaler multiplies the loss, and with it all gradients, by
-    a large number, and divides the gradients by it before they are used."""
-    for group in optimizer.param_groups:
-        group["lr"] = get_lr(step, args)
-    loss = 0.0
-    for i in range(args.gradient_accumulation_steps):
-        micro_step = i * WORLD_SIZE + RANK  # the micro-batch's number among all of the step
-        # The seed of dropout, too, depends on seed, step and micro_step alone.
-        seed = np.random.default_rng((args.seed, step, micro_step)).integers(2**63)
-        torch.manual_seed(int(seed))
-        if WORLD_SIZE > 1:  # gradients add up; they are averaged over processes with the last
-            model.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
-        batch = windows[window_indices(step, micro_step, args, len(windows))]  # (B, T + 1)
-        # Each mean, divided by their number: the sum is then the mean of one large batch.
-        micro_loss = loss_on(batch, model, args) / args.gradient_accumulation_steps
-        scaler.scale(micro_loss).backward()
-        loss += micro_loss.detach()
-    scaler.unscale_(optimizer)
-    # Clip, so that one odd batch cannot throw the weights far. The norm is from before the clip.
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-    return loss.item(), grad_norm.item()
-
-def sum_over_processes(*values):
-    """Adds up each of the values, Python numbers, over all processes."""
-    if WORLD_SIZE == 1:
-        return values
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
-
-@torch.no_grad()
-def evaluate(model, windows, args):
-    """The mean loss, in nats a token, on eval_windows of the windows, spread evenly over the text.
-    They are always the same, and no random number is drawn."""
-    n = min(len(windows), args.eval_windows)
-    indices = [i * len(windows) // n for i in range(n)][RANK::WORLD_SIZE]  # this process's share
-    total = 0.0
-    for start in range(0, len(indices), args.batch_size):
-        batch = windows[indices[start : start + args.batch_size]]  # (B, T + 1)
-        total += loss_on(batch, model, args).item() * len(batch)
-    return sum_over_processes(total)[0] / n
-
 # ---- The script ----------------------------------------------------------------------------------
 if __name__ == "__main__":
     parser = make_parser()
@@ -387,7 +386,7 @@ if __name__ == "__main__":
             f"{ckpt_path} holds a run: give --resume, another --out_dir, or delete it")
     args, model, state = init_run(parser, args, ckpt_path)
 
-    if WORLD_SIZE > 1 and args.device != "cpu" and torch.cuda.is_available():
+    if WORLD_SIZE > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available():
         require(LOCAL_RANK < torch.cuda.device_count(), "--nproc_per_node exceeds the GPUs here")
         torch.cuda.set_device(LOCAL_RANK)  # the one that "cuda" means from here on
     device, dtype = choose_device(args.device, args.dtype)
@@ -395,12 +394,12 @@ if __name__ == "__main__":
     keep_freed_memory()
     model.to(device)
 
-    # The first process of each machine makes the tokens files. The others wait at the barrier.
+    # Process 0 makes the tokens files. The others wait at the barrier.
     if WORLD_SIZE > 1:
         with explain("WORLD_SIZE is set, but not by torchrun: unset it", ValueError):
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                     timeout=datetime.timedelta(hours=12))  # to tokenize a long text
-    if LOCAL_RANK > 0:
+    if RANK > 0:
         dist.barrier()
     tokens, data_hash = load_tokens("data", args, state)
     train_tokens, val_tokens = np.split(tokens, [len(tokens) * 9 // 10])
@@ -408,10 +407,10 @@ if __name__ == "__main__":
     if args.val_data:
         train_tokens = tokens
         val_tokens, val_hash = load_tokens("val_data", args, state)
-    if WORLD_SIZE > 1 and LOCAL_RANK == 0:
+    if WORLD_SIZE > 1 and RANK == 0:
         dist.barrier()
     require(not state or [state["data_hash"], state["val_data_hash"]] == [data_hash, val_hash],
-            f"a text is not that of this run, or a .bin in {args.out_dir} is damaged: delete it")
+            f"a text is not this run's, or a .bin in {args.out_dir} is damaged: delete it")
     val_windows = windows_in(val_tokens, args, "validate")  # first: usually the shorter one
     train_windows = windows_in(train_tokens, args, "train on")
     tokens_per_step = args.windows_per_step * args.block_size
@@ -420,7 +419,7 @@ if __name__ == "__main__":
 
     # AdamW (Loshchilov and Hutter, 2019) moves a weight by lr times its averaged gradient over the
     # root of its averaged squared gradient. It takes lr * weight_decay of each matrix and embedding
-    # away, so that none grows without need. Biases and gains are too few to overfit.
+    # away, so that none grows without need. Biases and gains are left alone, as usual.
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in model.parameters() if p.dim() >= 2]},
          {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
@@ -446,7 +445,7 @@ if __name__ == "__main__":
         log_csv.writeheader()
         log_csv.writerows(log)
     if args.warmup_iters >= args.lr_decay_iters > step:
-        print0("--warmup_iters is not below lr_decay_iters: the rate drops to min_lr after it")
+        print0("--warmup_iters reaches past lr_decay_iters, where the rate drops to min_lr")
     print0(f"a blind guess costs a loss of {math.log(model.config.vocab_size):.4f}, ln(vocab_size)")
 
     caught = catch_signals()
@@ -470,7 +469,7 @@ if __name__ == "__main__":
                 best = {"step": step, "val_loss": row["val_loss"]}
                 save_checkpoint(best_path, model, **best)
             if evaluating or stop:
-                # The two averages that AdamW keeps for each weight make it three times as large.
+                # AdamW's two averages for each weight make ckpt.pt three times as large.
                 save_checkpoint(ckpt_path, model, optimizer=optimizer.state_dict(), log=log,
                                 scaler=scaler.state_dict(), args=vars(args), data_hash=data_hash,
                                 val_data_hash=val_hash, best=best, step=step,
