@@ -778,7 +778,7 @@ FAULTS = {  # what users of such projects met: by script, flags and what the mes
         ("--checkpoint=gone.pt", "gone.pt.*load_gpt2.py"), ("--checkpoint=vocab.pt", "vocabulary"),
         ("--checkpoint=nan.pt", "not finite"), ("--top_k=-1", "-1"), ("--top_p=0", "0")),
     "load_gpt2.py": (("w", "w is neither"), ("", "--export"), ("--export small.pt w", "w exists"),
-                     ("--export vocab.pt new", "vocab.pt .*vocabulary is not GPT-2's"))}
+                     ("--export vocab.pt new", "vocabulary"), ("--export x y --out=z", "alone"))}
 
 def test_faults_get_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -1020,7 +1020,7 @@ def test_converting_takes_the_folder_meant_and_replaces_nothing(exported, tmp_pa
     main("load_gpt2.py", "124M")  # the folder, and no download
     main("load_gpt2.py", "other/124M", "--out=new/x.pt")
     for flags, words in (("124M", "models.124M.pt exists"), (TF / "one-shard", "other vocab"),
-                         ("124M --out=new/x.pt", "new/x.pt exists"),
+                         ("355M --out=new/x.pt", "new/x.pt exists"),
                          ("124M/model.safetensors", "nor a folder"), ("gpt2", "nor a folder")):
         refused(words, main, "load_gpt2.py", *str(flags).split())
     assert os.listdir("models") == ["124M.pt"]
@@ -1117,4 +1117,4 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch, capsys):
         assert line in README
     code = "".join(pathlib.Path(part.__file__).read_text("utf-8") for part in (gpt, train))
     for name in re.findall(r"`(\w+)", README[README.index("| X | Y |") :].split("\n\n")[0]):
-        assert name in code, name
+        assert re.search(rf"\b{name}\b", code), name
