@@ -1,4 +1,4 @@
-"""GPT-2: token ids in, the next token out. The model goes from the top to `center_logits`.
+"""GPT-2: token ids in, the next token out. The model comes first, then files and errors.
 
 Each tensor's shape stands beside it: B sequences of T tokens, C channels a token (n_embd), H heads
 of D = C / H channels each, V tokens in the vocabulary; S = T + the tokens already in a KVCache.
@@ -30,23 +30,6 @@ def causal_mask(q, S):
                     q4   0   0   0   0   0"""
     return q.new_full((q.shape[2], S), -math.inf).triu(S - q.shape[2] + 1)
 
-def attend(q, k, v, dropout_p=0.0):
-    """softmax(q @ k.T / sqrt(D) + mask) @ v: each query gets a weighted mean of the values, and a
-    value weighs more the better its key fits the query. k and v are (B, H, S, D). q (B, H, T, D)
-    has only the last T of the S tokens: all of them if there is no cache. Returns (B, H, T, D)."""
-    T, S, D = q.shape[2], k.shape[2], q.shape[3]
-    if dropout_p > 0 and q.device.type == "cpu":  # written out, as `dropout`, below, is faster
-        # A score sums up D products, so it spreads sqrt(D) times as wide as one of them. Without
-        # the division, softmax would give nearly all weight to one key and hardly pass gradients.
-        scores = (q / math.sqrt(D)) @ k.transpose(2, 3) + causal_mask(q, S)  # (B, H, T, S)
-        weights = scores.softmax(dim=-1)  # (B, H, T, S), each row sums to 1
-        return dropout(weights, dropout_p) @ v
-    # PyTorch's kernel computes the same, and divides by sqrt(D) itself. Its is_causal lines query 0
-    # up with key 0, which is right only for T = S. A single query sees all keys: it needs no mask.
-    mask = None if T in (1, S) else causal_mask(q, S)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p,
-                                          is_causal=T == S)
-
 def dropout(x, p, training=True):
     """F.dropout, faster on a CPU: while training, each element of x becomes 0 with probability p,
     and the others are scaled up. So the model cannot rely on any single one."""
@@ -60,12 +43,47 @@ def dropout(x, p, training=True):
     keep = torch.ge(numbers, n_low - 32768, out=torch.empty_like(x))  # 0 or 1, in the dtype of x
     return x * keep.mul_(65536 / (65536 - n_low))
 
+def attend(q, k, v, dropout_p=0.0):
+    """softmax(q @ k.T / sqrt(D) + mask) @ v: each query gets a weighted mean of the values, and a
+    value weighs more the better its key fits the query. k and v are (B, H, S, D). q (B, H, T, D)
+    has only the last T of the S tokens: all of them if there is no cache. Returns (B, H, T, D)."""
+    T, S, D = q.shape[2], k.shape[2], q.shape[3]
+    if dropout_p > 0 and q.device.type == "cpu":  # written out, because our dropout is faster
+        # A score sums up D products, so it spreads sqrt(D) times as wide as one of them. Without
+        # the division, softmax would give nearly all weight to one key and hardly pass gradients.
+        scores = (q / math.sqrt(D)) @ k.transpose(2, 3) + causal_mask(q, S)  # (B, H, T, S)
+        weights = scores.softmax(dim=-1)  # (B, H, T, S), each row sums to 1
+        return dropout(weights, dropout_p) @ v
+    # PyTorch's kernel computes the same, and divides by sqrt(D) itself. Its is_causal lines query 0
+    # up with key 0, which is right only for T = S. A single query sees all keys: it needs no mask.
+    mask = None if T in (1, S) else causal_mask(q, S)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p,
+                                          is_causal=T == S)
+
 def linear(n_in, n_out, std=0.02):
     """An nn.Linear with weights from normal(0, std), 0.02 as in OpenAI's model.py, and biases 0."""
     layer = nn.Linear(n_in, n_out)
     nn.init.normal_(layer.weight, std=std)
     nn.init.zeros_(layer.bias)
     return layer
+
+class KVCache:
+    """One layer's keys and values of the tokens so far, so that only those of new tokens have to be
+    computed. Queries are not kept: a token asks once, but all later tokens look at its key."""
+    def __init__(self, model, batch_size):
+        assert not model.training, "call model.eval() first, or dropout spoils the text"
+        config = model.config
+        shape = (2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.kv = model.wte.weight.new_zeros(shape)  # (2, B, H, block_size, D)
+        self.length = 0  # how many tokens it holds
+
+    def append(self, k, v):
+        """Stores k, v (B, H, T, D) of new tokens. Returns those of all tokens, (2, B, H, S, D)."""
+        start = self.length
+        self.length += k.shape[2]
+        self.kv[0, :, :, start : self.length] = k
+        self.kv[1, :, :, start : self.length] = v
+        return self.kv[:, :, :, : self.length]
 
 class CausalSelfAttention(nn.Module):
     """Each token gathers information from itself and the tokens before it.
@@ -79,7 +97,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout_p = config.dropout
         self.c_attn = linear(C, 3 * C)  # q of all heads, then k, then v
         # The MLP has a c_proj too. All 2 n_layer results add up in x, and so do their variances.
-        # As in the paper, each starts smaller by sqrt(2 n_layer): the sum does not grow with depth.
+        # As in the paper, each starts sqrt(2 n_layer) times smaller, so the sum keeps its size.
         self.c_proj = linear(C, C, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x, cache=None):
@@ -158,31 +176,13 @@ class GPT(nn.Module):
         # Under autocast the logits have 16 bits. The loss is computed, and returned, in 32.
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
-class KVCache:
-    """One layer's keys and values of the tokens so far, so that only those of new tokens have to be
-    computed. Queries are not kept: a token asks once, but all later tokens look at its key."""
-    def __init__(self, model, batch_size):
-        assert not model.training, "call model.eval() first, or dropout spoils the text"
-        config = model.config
-        shape = (2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.kv = model.wte.weight.new_zeros(shape)  # (2, B, H, block_size, D)
-        self.length = 0  # how many tokens it holds
-
-    def append(self, k, v):
-        """Stores k, v (B, H, T, D) of new tokens. Returns those of all tokens, (2, B, H, S, D)."""
-        start = self.length
-        self.length += k.shape[2]
-        self.kv[0, :, :, start : self.length] = k
-        self.kv[1, :, :, start : self.length] = v
-        return self.kv[:, :, :, : self.length]
-
 def candidates(logits, temperature=1.0, top_k=None, top_p=None):
     """The tokens that may come next: logits (B, V) -> their probabilities (B, k), likeliest first,
     and their ids (B, k) int64.
     temperature divides the logits: below 1 the likely tokens become likelier, above 1 all become
     more alike, and 0 always takes the likeliest token (greedy), as top_k=1 does. top_k keeps the k
-    likeliest tokens; None and 0 keep all. Of these, top_p > 0 keeps the fewest likeliest whose
-    probabilities add up to top_p or more (Holtzman et al., 2020); None and 1 keep all."""
+    likeliest tokens; None and 0 keep all. Of these, top_p > 0 keeps just enough of the likeliest to
+    add up to top_p (Holtzman et al., 2020); None and 1 keep all."""
     V = logits.shape[-1]
     k = 1 if temperature < 1e-6 else min(top_k or V, V)  # greedy: nothing can be divided by 0
     logits, ids = logits.float().topk(k)  # both (B, k)

@@ -39,7 +39,7 @@ parser = start_script(__doc__)
 flag = parser.add_argument
 flag("--start", default="", help="the prompt: text, FILE:path, or - for standard input")
 flag("--score", metavar="FILE",
-     help="print a text's loss; bits a byte compare with those of models with other tokenizers")
+     help="print a text's loss; bits a byte are comparable across tokenizers")
 flag("--checkpoint", default="out/ckpt.pt", type=os.path.expanduser, help="whose weights to use")
 flag("--num_samples", type=number(int, 1), default=1, help="texts, computed as one batch")
 flag("--max_new_tokens", type=number(int, 0), default=200, help="tokens after the prompt")
@@ -50,8 +50,8 @@ flag("--num_beams", type=number(int, 0), default=0, help="width of beam search; 
 flag("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="one seed gives the same texts")
 flag("--show", type=number(int, 0), default=0, help="the N likeliest tokens at each place; 0: off")
 flag("--stop", action=argparse.BooleanOptionalAction, default=True, help="end at <|endoftext|>")
-flag("--device", default="auto", help="cuda, mps or cpu; auto: the first that is there")
-flag("--dtype", default="auto", choices=DTYPES, help="of the weights; auto: what is fast here")
+flag("--device", default="auto", help="cuda, mps or cpu; auto: the first found")
+flag("--dtype", default="auto", choices=DTYPES, help="of the weights; auto: the fastest here")
 args = parser.parse_args()
 
 sampling = ("temperature", "top_k", "top_p", "seed", "num_samples", "show")

@@ -588,7 +588,7 @@ def test_every_window_once_an_epoch_and_anew_in_the_next_or_for_another_seed():
         assert windows.tolist() == [list(range(8 * i, 8 * i + 9)) for i in range(count)]
 
 def test_fine_tuning_and_sampling_from_a_checkpoint_by_another_program(run, tmp_path, capsys):
-    """It has other things, weights of a compiled model, and some in 16 bits."""
+    """It has unknown keys, a compiled model's names, and 16-bit weights."""
     path = tmp_path / "ckpt.pt"
     old, state = load(run[0] / "best.pt")
     weights = {"_orig_mod." + name: weight for name, weight in old.state_dict().items()}

@@ -5,7 +5,7 @@
     python train.py --resume                           goes on from the last checkpoint
     torchrun --nproc_per_node=4 train.py ...           one run on four GPUs
 
-Read gpt.py first. Flags, a training step and evaluation come first, the loop comes last.
+Read gpt.py first, then `train_step` and the loop at the end of this file.
 """
 import argparse
 import contextlib
@@ -75,8 +75,8 @@ def make_parser():
     flag("--log_interval", type=count, default=10, help="steps between printed lines")
     flag("--start", default="Every effort moves you", help="the prompt of the samples")
     flag = parser.add_argument_group("machine").add_argument
-    flag("--device", default="auto", help="cuda, mps or cpu; auto: the first that is there")
-    flag("--dtype", default="auto", choices=DTYPES, help="of matrix products; auto: what is fast")
+    flag("--device", default="auto", help="cuda, mps or cpu; auto: the first found")
+    flag("--dtype", default="auto", choices=DTYPES, help="of matrix products; auto: the fastest")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on cuda")
     return parser
 
@@ -87,6 +87,56 @@ def print0(*words, **options):
             print(*words, **options)
         except OSError:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+# ---- Text to tokens ------------------------------------------------------------------------------
+def read_text(files):
+    """Yields the text of the files in parts that encode to the same ids as the whole: it is cut
+    before white space only, and no token has white space after a visible character."""
+    rest = ""
+    for name in files:
+        if name != files[0]:
+            # As in GPT-2's training, it marks a new text. Attention can look across it.
+            rest += "<|endoftext|>"
+        with explain(f"{name} cannot be read; give --data=PATH", OSError), open(name, "rb") as file:
+            while data := b"".join(file.readlines(2**18)):  # whole lines, 256 kB or more
+                text = rest + decode_utf8(data, name, offset=file.tell() - len(data))
+                part = text.rstrip()
+                yield part
+                rest = text[len(part) :]
+    yield rest
+
+def write_tokens(path, kept, expected_hash):
+    """Encodes a text, or a folder of texts, into the file `kept`, as uint16 (up to 65,535)."""
+    files = sorted(glob.glob(os.path.join(glob.escape(path), "*.[tT][xX][tT]"))) or [path]
+    sha = hashlib.sha256()
+    with atomic_write(kept) as file:
+        for text in read_text(files):
+            tokens = np.array(encode(text), dtype=np.uint16)
+            sha.update(tokens)
+            file.write(tokens)
+            print0(f"{path}: {len(files)} file(s), {file.tell() // 2:,} tokens", end="\r")
+        print0()
+        require(file.tell() > 0, f"{path}: there is no text in it")
+        require(expected_hash in (None, sha.hexdigest()), f"{path} is not the text of this run")
+
+def load_tokens(flag, args, state):
+    """--data or --val_data -> its tokens (n,) uint16, mapped from a file, and their hash. A text's
+    tokens are kept in out_dir: a run goes on with them, whatever became of the text."""
+    path = getattr(args, flag)
+    is_bin = path.endswith(".bin")  # it has tokens already, as nanoGPT writes them
+    bin_path = path if is_bin else os.path.join(args.out_dir, f"{flag}.bin")
+    made = RANK > 0 or state.get("args", {}).get(flag) == path  # by process 0 or earlier
+    if not is_bin and not (made and os.path.exists(bin_path)):
+        write_tokens(path, bin_path, state.get(f"{flag}_hash"))
+    with explain(f"{bin_path} does not hold GPT-2's tokens as uint16", OSError, ValueError):
+        tokens = np.memmap(bin_path, dtype=np.uint16, mode="r")
+        if is_bin:
+            require(tokens[:3].tobytes() != b"\x93NUMPY", "it is a .npy file")
+            require(tokens[1:99:2].any(), "its integers are wider")  # upper halves are 0
+            largest = tokens.max()
+            # Ids up to 255 are single bytes. A text of more than a few words has others.
+            require(255 < largest <= END_OF_TEXT, f"its largest id is {largest}, not 256 to 50256")
+    return tokens, hashlib.sha256(tokens).hexdigest()
 
 # ---- Windows, schedule, step, evaluation ---------------------------------------------------------
 def windows_in(tokens, args, purpose):
@@ -178,56 +228,6 @@ def evaluate(model, windows, args):
         batch = windows[indices[start : start + args.batch_size]]  # (B, T + 1)
         total += loss_on(batch, model, args).item() * len(batch)
     return sum_over_processes(total)[0] / n
-
-# ---- Text to tokens ------------------------------------------------------------------------------
-def read_text(files):
-    """Yields the text of the files in parts that encode to the same ids as the whole: it is cut
-    before white space only, and no token has white space after a visible character."""
-    rest = ""
-    for name in files:
-        if name != files[0]:
-            # As in GPT-2's training, it marks a new text. Attention can look across it.
-            rest += "<|endoftext|>"
-        with explain(f"{name} cannot be read; give --data=PATH", OSError), open(name, "rb") as file:
-            while data := b"".join(file.readlines(2**18)):  # whole lines, 256 kB or more
-                text = rest + decode_utf8(data, name, offset=file.tell() - len(data))
-                part = text.rstrip()
-                yield part
-                rest = text[len(part) :]
-    yield rest
-
-def write_tokens(path, kept, expected_hash):
-    """Encodes a text, or a folder of texts, into the file `kept`, as uint16 (up to 65,535)."""
-    files = sorted(glob.glob(os.path.join(glob.escape(path), "*.[tT][xX][tT]"))) or [path]
-    sha = hashlib.sha256()
-    with atomic_write(kept) as file:
-        for text in read_text(files):
-            tokens = np.array(encode(text), dtype=np.uint16)
-            sha.update(tokens)
-            file.write(tokens)
-            print0(f"{path}: {len(files)} file(s), {file.tell() // 2:,} tokens", end="\r")
-        print0()
-        require(file.tell() > 0, f"{path}: there is no text in it")
-        require(expected_hash in (None, sha.hexdigest()), f"{path} is not the text of this run")
-
-def load_tokens(flag, args, state):
-    """--data or --val_data -> its tokens (n,) uint16, mapped from a file, and their hash. A text's
-    tokens are kept in out_dir: a run goes on with them, whatever became of the text."""
-    path = getattr(args, flag)
-    is_bin = path.endswith(".bin")  # it has tokens already, as nanoGPT writes them
-    bin_path = path if is_bin else os.path.join(args.out_dir, f"{flag}.bin")
-    made = RANK > 0 or state.get("args", {}).get(flag) == path  # by process 0 or earlier
-    if not is_bin and not (made and os.path.exists(bin_path)):
-        write_tokens(path, bin_path, state.get(f"{flag}_hash"))
-    with explain(f"{bin_path} does not hold GPT-2's tokens as uint16", OSError, ValueError):
-        tokens = np.memmap(bin_path, dtype=np.uint16, mode="r")
-        if is_bin:
-            require(tokens[:3].tobytes() != b"\x93NUMPY", "it is a .npy file")
-            require(tokens[1:99:2].any(), "its integers are wider")  # upper halves are 0
-            largest = tokens.max()
-            # Ids up to 255 are single bytes. A text of more than a few words has others.
-            require(255 < largest <= END_OF_TEXT, f"its largest id is {largest}, not 256 to 50256")
-    return tokens, hashlib.sha256(tokens).hexdigest()
 
 # ---- Reports, the system, the start --------------------------------------------------------------
 def record(row, log_csv, tokens_left):
