@@ -30,19 +30,6 @@ def causal_mask(q, S):
                     q4   0   0   0   0   0"""
     return q.new_full((q.shape[2], S), -math.inf).triu(S - q.shape[2] + 1)
 
-def dropout(x, p, training=True):
-    """F.dropout, faster on a CPU: while training, each element of x becomes 0 with probability p,
-    and the others are scaled up. So the model cannot rely on any single one."""
-    if not training or p in (0, 1) or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p, training)
-    # PyTorch draws a number for each element. Here 64 random bits serve four elements: 16 bits,
-    # read as int16, are a number from -32768 to 32767. The lowest numbers drop their element.
-    bits = torch.randint(-2**63, 2**63 - 1, (x.numel() // 4 + 1,))  # int64
-    numbers = bits.view(torch.int16)[: x.numel()].view(x.shape)
-    n_low = min(round(p * 65536), 65535)  # how many of the 65,536 possible numbers drop theirs
-    keep = torch.ge(numbers, n_low - 32768, out=torch.empty_like(x))  # 0 or 1, in the dtype of x
-    return x * keep.mul_(65536 / (65536 - n_low))
-
 def attend(q, k, v, dropout_p=0.0):
     """softmax(q @ k.T / sqrt(D) + mask) @ v: each query gets a weighted mean of the values, and a
     value weighs more the better its key fits the query. k and v are (B, H, S, D). q (B, H, T, D)
@@ -59,6 +46,19 @@ def attend(q, k, v, dropout_p=0.0):
     mask = None if T in (1, S) else causal_mask(q, S)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p,
                                           is_causal=T == S)
+
+def dropout(x, p, training=True):
+    """F.dropout, faster on a CPU: while training, each element of x becomes 0 with probability p,
+    and the others are scaled up. So the model cannot rely on any single one."""
+    if not training or p in (0, 1) or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p, training)
+    # PyTorch draws a number for each element. Here 64 random bits serve four elements: 16 bits,
+    # read as int16, are a number from -32768 to 32767. The lowest numbers drop their element.
+    bits = torch.randint(-2**63, 2**63 - 1, (x.numel() // 4 + 1,))  # int64
+    numbers = bits.view(torch.int16)[: x.numel()].view(x.shape)
+    n_low = min(round(p * 65536), 65535)  # how many of the 65,536 numbers drop their element
+    keep = torch.ge(numbers, n_low - 32768, out=torch.empty_like(x))  # 0 or 1, in the dtype of x
+    return x * keep.mul_(65536 / (65536 - n_low))
 
 def linear(n_in, n_out, std=0.02):
     """An nn.Linear with weights from normal(0, std), 0.02 as in OpenAI's model.py, and biases 0."""
@@ -386,7 +386,7 @@ def load_checkpoint(path, verify=False):
         state = torch.load(path, weights_only=True, mmap=not verify, map_location="cpu")
         config = state.pop("config")
         require(config.pop("bias", True), "it has no biases, but GPT-2 has")  # a fork's switch
-        require(config["vocab_size"] == GPTConfig.vocab_size, "its vocabulary is not GPT-2's")
+        require(config.get("vocab_size") == GPTConfig.vocab_size, "its vocabulary is not GPT-2's")
         # torch.compile puts _orig_mod. before each name, and some programs save them so.
         weights = {k.removeprefix("_orig_mod."): w for k, w in state.pop("model").items()}
         config = GPTConfig(**config)

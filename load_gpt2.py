@@ -44,8 +44,8 @@ def openai_name(name):
 
 def transposed(name, weight):
     """Turns a linear layer's weight, [in, out] at OpenAI and Hugging Face, into ours, [out, in], or
-    back. If this is forgotten the shapes do not fit, but for attn/c_proj, which is square: there
-    the model runs but writes nonsense."""
+    back. Without it the shapes do not fit, except attn/c_proj's, which is square: forgotten there
+    alone, the model runs but writes nonsense."""
     return (weight.T if openai_name(name).endswith("/w") else weight).contiguous()
 
 def read_json(path):
