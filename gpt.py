@@ -3,7 +3,7 @@
 Each tensor's shape stands beside it: B sequences of T tokens, C channels a token (n_embd), H heads
 of D = C / H channels each, V tokens in the vocabulary; S = T + the tokens already in a KVCache.
 Sources: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), and OpenAI's
-gpt-2/src/model.py, which has neither dropout nor an initialization that depends on the depth.
+gpt-2/src/model.py. Only the paper scales weights by depth; dropout is from GPT (2018).
 """
 import math
 from dataclasses import asdict, dataclass
@@ -36,8 +36,8 @@ def attend(q, k, v, dropout_p=0.0):
     has only the last T of the S tokens: all of them if there is no cache. Returns (B, H, T, D)."""
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
     if dropout_p > 0 and q.device.type == "cpu":  # written out, because our dropout is faster
-        # A score sums up D products, so it spreads sqrt(D) times as wide as one of them. Without
-        # the division, softmax would give nearly all weight to one key and hardly pass gradients.
+        # A score sums up D products, so it spreads sqrt(D) times as wide as one of them. Undivided,
+        # softmax can come to give nearly all weight to one key and hardly pass gradients.
         scores = (q / math.sqrt(D)) @ k.transpose(2, 3) + causal_mask(q, S)  # (B, H, T, S)
         weights = scores.softmax(dim=-1)  # (B, H, T, S), each row sums to 1
         return dropout(weights, dropout_p) @ v
@@ -87,8 +87,8 @@ class KVCache:
 
 class CausalSelfAttention(nn.Module):
     """Each token gathers information from itself and the tokens before it.
-    One softmax weighs the past in one way. H heads of D channels weigh it in H ways at the same
-    cost. OpenAI wrote its linear layers as convolutions that are one token wide, hence c_."""
+    One softmax weighs the past in one way. H heads of D channels weigh it in H ways with as many
+    products. OpenAI wrote its linear layers as convolutions that are one token wide, hence c_."""
     def __init__(self, config):
         super().__init__()
         C, H = config.n_embd, config.n_head
@@ -276,7 +276,7 @@ import zipfile
 import tiktoken
 
 class InputError(ValueError):
-    """An error of the user's, told in one line. Mistakes in the program are asserts."""
+    """The user's mistake, told in one line. Our own mistakes are asserts."""
 
 def require(condition, message):
     if not condition:
@@ -378,7 +378,7 @@ def with_weights(config, weights):
     return model
 
 def load_checkpoint(path, verify=False):
-    """path -> GPT on the CPU, in eval mode; dict of the training state. No code of the file is run.
+    """path -> GPT on the CPU, in eval mode; dict of the training state. It runs no code of it.
     verify compares checksums. Without verify the weights stay in the file until they are used: do
     not write into the file meanwhile. atomic_write may replace it, except on Windows."""
     with explain(f"{path} cannot be read as a checkpoint; try another file", Exception):
@@ -435,8 +435,8 @@ def number(kind, low, high=math.inf):
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 def choose_device(device, dtype):
-    """--device and --dtype -> torch.device, torch.dtype. auto is bfloat16 where a CPU or NVIDIA GPU
-    has it (float32's range, with 8 bits of precision, not 24), else float16 on cuda, or float32."""
+    """--device and --dtype -> torch.device, torch.dtype. auto is bfloat16 where x86 or an NVIDIA
+    GPU has it (float32's range, 8 bits of precision, not 24), else float16 on cuda, or float32."""
     if device == "auto":
         found = torch.accelerator.is_available()  # cuda, mps or xpu
         device = torch.accelerator.current_accelerator() if found else "cpu"

@@ -31,7 +31,7 @@ URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 HPARAMS = "hparams.json"
 DATA = "model.ckpt.data-00000-of-00001"
 EXPORT_DIR = os.path.join(DATA_DIR, "export")  # what is the same in every folder for other tools
-# Our name of each size: Hugging Face's name.
+# Our names of the sizes: Hugging Face's.
 HUGGING_FACE = {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer",
                 "n_head": "n_head", "n_embd": "n_embd"}
 

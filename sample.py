@@ -68,7 +68,7 @@ if source == "-" or source.startswith("FILE:"):
         text = text.removesuffix("\n")
 ids = encode(text)
 
-# Training needs float32 weights, because it adds up many small steps. Here 16 bits are enough.
+# Training needs float32 weights, because it adds up many small steps. Here 16 bits mostly do.
 device, dtype = choose_device(args.device, args.dtype)
 model, state = load_checkpoint(args.checkpoint)
 center_logits(model)

@@ -1086,7 +1086,7 @@ def test_download(tmp_path, monkeypatch):
     refused("hparams.json failed.*refused", fetched, "6")
 
 def test_every_command_of_the_readme(tmp_path, monkeypatch, capsys):
-    """In their order, in one folder, on small models; pip, pytest and curl are left out."""
+    """In their order, in one folder, on small models; not pip, pytest, curl, the GPU recipe."""
     monkeypatch.chdir(tmp_path)
     for name in re.findall(r"curl -o (\S+)", README) + ["my.txt", "other.txt"]:
         shutil.copy(train.STORY, name)

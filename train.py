@@ -5,7 +5,7 @@
     python train.py --resume                           goes on from the last checkpoint
     torchrun --nproc_per_node=4 train.py ...           one run on four GPUs
 
-Read gpt.py first, then this file from "Text to tokens" on: from the text to the loop in one pass.
+Read gpt.py first, then this file from top to bottom.
 """
 import argparse
 import contextlib
@@ -80,7 +80,6 @@ def make_parser():
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on cuda")
     return parser
 
-# ---- The system, and reports ---------------------------------------------------------------------
 def print0(*words, **options):
     """print, on process 0. If the terminal or pipe has gone away, training goes on in silence."""
     if RANK == 0:
@@ -88,102 +87,6 @@ def print0(*words, **options):
             print(*words, **options)
         except OSError:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
-
-def lock_folder(folder):
-    """Only one run may write to a folder. The system drops the lock when this process ends."""
-    import filelock
-    os.makedirs(folder, exist_ok=True)
-    lock = filelock.FileLock(os.path.join(folder, "lock"), timeout=0, is_singleton=True)
-    with explain(f"--out_dir={folder}: another train.py is using it", filelock.Timeout):
-        return lock.acquire()  # is_singleton: the second %run in a notebook has it already
-
-def catch_signals():
-    """-> a list that gets the signals which ask this process to end. The first ends the training
-    after the step. The same signal again ends the process at once."""
-    caught = []
-    def finish(signum, _):
-        caught.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-        if RANK == 0:
-            with contextlib.suppress(OSError):  # os.write, for the signal may interrupt a print
-                os.write(2, b"finishing the step, then saving; once more ends it without saving\n")
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        signum = getattr(signal, name, None)  # Windows has no SIGHUP
-        if signum and signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(signum, finish)
-    return caught
-
-def keep_freed_memory():
-    """glibc gives large freed buffers back to the system, and the next step pays a page fault for
-    each 4 kB of them. With these settings glibc keeps them."""
-    import ctypes
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large buffers come from the heap
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
-
-def peak_memory(device):
-    """The most memory that this process has held, in GB: on cuda the GPU's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if os.name == "nt":
-        return math.nan
-    import resource  # Windows has none
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-def record(row, log_csv, tokens_left):
-    """Writes a row of the log, then prints it, with the time left at this step's speed."""
-    log_csv.writerow(row)
-    line = [f"{name} {value:.6g}" for name, value in row.items() if name != "tokens"]
-    if "val_loss" in row:
-        line.append(f"val_perplexity {math.exp(min(row['val_loss'], 700)):.6g}")
-    if "tokens_per_s" in row:
-        line.append(f"{tokens_left / row['tokens_per_s'] / 60:.1f} min left")
-    print0(" | ".join(line))
-
-def stop_unless_finite(row, saved_at, scaler, args):
-    """Ends the script with status 1 if a number of row is not finite. ckpt.pt stays as it was."""
-    bad = [name for name, value in row.items() if not math.isfinite(value)]
-    # When float16 overflows, the scaler skips the step and halves its factor. Below 1, give up.
-    if not bad or (bad == ["grad_norm"] and scaler.is_enabled() and scaler.get_scale() >= 1):
-        return
-    cure = ""
-    if saved_at >= 0:
-        path = os.path.join(args.out_dir, "ckpt.pt")
-        flags = (f"--init_from={path}", f"--data={args.data}", f"--val_data={args.val_data}",
-                 f"--block_size={args.block_size}", f"--learning_rate={args.learning_rate / 4:.1e}",
-                 "--out_dir=NEW")
-        cure = f". {path} still has step {saved_at}: python train.py {shlex.join(flags)}"
-    print0(f"train.py: error: {bad[0]} is {row[bad[0]]} at step {row['iter']} (learning rate "
-           f"{row.get('lr', 0):.1e}, {args.dtype}){cure}", file=sys.__stderr__)
-    sys.exit(1)
-
-def show_sample(model, args):
-    """Prints 40 tokens that the model writes after --start."""
-    ids = encode(args.start) or [END_OF_TEXT]
-    prompt = torch.tensor([ids], device=model.wte.weight.device)
-    tokens = generate(model, prompt, 40, temperature=0.8, top_k=50,
-                      generator=torch.Generator().manual_seed(args.seed))
-    text = get_tokenizer().decode([token.item() for token in tokens])
-    print0("sample: " + (args.start + text).replace("\n", " "))
-
-def plot(log, tokens_per_step, path):
-    """Draws the losses in log over steps and tokens seen, with perplexity, exp(loss), at right."""
-    try:
-        from matplotlib.figure import Figure
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.subplots()
-        for name, style in (("loss", "C7-"), ("train_loss", "C0o-"), ("val_loss", "C1o-")):
-            rows = [row for row in log if name in row]
-            axes.plot([row["iter"] for row in rows], [row[name] for row in rows], style, label=name)
-        axes.set(xlabel="step", ylabel="loss (nats per token)")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        axes.twinx().set(yscale="log", ylim=np.exp(axes.get_ylim()), ylabel="perplexity")
-        axes.twiny().set(xlim=np.multiply(axes.get_xlim(), tokens_per_step), xlabel="tokens seen")
-        figure.savefig(path, dpi=110)
-    except Exception as error:  # a picture is not worth a run
-        print0(f"warning: no {path}: {one_line(error)}")
 
 # ---- Text to tokens ------------------------------------------------------------------------------
 def read_text(files):
@@ -325,6 +228,103 @@ def evaluate(model, windows, args):
         batch = windows[indices[start : start + args.batch_size]]  # (B, T + 1)
         total += loss_on(batch, model, args).item() * len(batch)
     return sum_over_processes(total)[0] / n
+
+# ---- The system, reports, the start --------------------------------------------------------------
+def lock_folder(folder):
+    """Only one run may write to a folder. The system drops the lock when this process ends."""
+    import filelock
+    os.makedirs(folder, exist_ok=True)
+    lock = filelock.FileLock(os.path.join(folder, "lock"), timeout=0, is_singleton=True)
+    with explain(f"--out_dir={folder}: another train.py is using it", filelock.Timeout):
+        return lock.acquire()  # is_singleton: the second %run in a notebook has it already
+
+def catch_signals():
+    """-> a list that gets the signals which ask this process to end. The first ends the training
+    after the step. The same signal again ends the process at once."""
+    caught = []
+    def finish(signum, _):
+        caught.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+        if RANK == 0:
+            with contextlib.suppress(OSError):  # os.write, for the signal may interrupt a print
+                os.write(2, b"finishing the step, then saving; once more ends it without saving\n")
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        signum = getattr(signal, name, None)  # Windows has no SIGHUP
+        if signum and signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(signum, finish)
+    return caught
+
+def keep_freed_memory():
+    """glibc gives large freed buffers back to the system, and the next step pays a page fault for
+    each 4 kB of them. With these settings glibc keeps them."""
+    import ctypes
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large buffers come from the heap
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+def peak_memory(device):
+    """The most memory that this process has held, in GB: on cuda the GPU's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if os.name == "nt":
+        return math.nan
+    import resource  # Windows has none
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+def record(row, log_csv, tokens_left):
+    """Writes a row of the log, then prints it, with the time left at this step's speed."""
+    log_csv.writerow(row)
+    line = [f"{name} {value:.6g}" for name, value in row.items() if name != "tokens"]
+    if "val_loss" in row:
+        line.append(f"val_perplexity {math.exp(min(row['val_loss'], 700)):.6g}")
+    if "tokens_per_s" in row:
+        line.append(f"{tokens_left / row['tokens_per_s'] / 60:.1f} min left")
+    print0(" | ".join(line))
+
+def stop_unless_finite(row, saved_at, scaler, args):
+    """Ends the script with status 1 if a number of row is not finite. ckpt.pt stays as it was."""
+    bad = [name for name, value in row.items() if not math.isfinite(value)]
+    # When float16 overflows, the scaler skips the step and halves its factor. Below 1, give up.
+    if not bad or (bad == ["grad_norm"] and scaler.is_enabled() and scaler.get_scale() >= 1):
+        return
+    cure = ""
+    if saved_at >= 0:
+        path = os.path.join(args.out_dir, "ckpt.pt")
+        flags = (f"--init_from={path}", f"--data={args.data}", f"--val_data={args.val_data}",
+                 f"--block_size={args.block_size}", f"--learning_rate={args.learning_rate / 4:.1e}",
+                 "--out_dir=NEW")
+        cure = f". {path} still has step {saved_at}: python train.py {shlex.join(flags)}"
+    print0(f"train.py: error: {bad[0]} is {row[bad[0]]} at step {row['iter']} (learning rate "
+           f"{row.get('lr', 0):.1e}, {args.dtype}){cure}", file=sys.__stderr__)
+    sys.exit(1)
+
+def show_sample(model, args):
+    """Prints 40 tokens that the model writes after --start."""
+    ids = encode(args.start) or [END_OF_TEXT]
+    prompt = torch.tensor([ids], device=model.wte.weight.device)
+    tokens = generate(model, prompt, 40, temperature=0.8, top_k=50,
+                      generator=torch.Generator().manual_seed(args.seed))
+    text = get_tokenizer().decode([token.item() for token in tokens])
+    print0("sample: " + (args.start + text).replace("\n", " "))
+
+def plot(log, tokens_per_step, path):
+    """Draws the losses in log over steps and tokens seen, with perplexity, exp(loss), at right."""
+    try:
+        from matplotlib.figure import Figure
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for name, style in (("loss", "C7-"), ("train_loss", "C0o-"), ("val_loss", "C1o-")):
+            rows = [row for row in log if name in row]
+            axes.plot([row["iter"] for row in rows], [row[name] for row in rows], style, label=name)
+        axes.set(xlabel="step", ylabel="loss (nats per token)")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        axes.twinx().set(yscale="log", ylim=np.exp(axes.get_ylim()), ylabel="perplexity")
+        axes.twiny().set(xlim=np.multiply(axes.get_xlim(), tokens_per_step), xlabel="tokens seen")
+        figure.savefig(path, dpi=110)
+    except Exception as error:  # a picture is not worth a run
+        print0(f"warning: no {path}: {one_line(error)}")
 
 # --resume may change these, if windows_per_step stays. A new batch_size changes dropout.
 MAY_CHANGE = ("data", "val_data", "resume", "max_iters", "lr_decay_iters", "batch_size",
