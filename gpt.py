@@ -334,9 +334,9 @@ def get_tokenizer():
     return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": END_OF_TEXT}, explicit_n_vocab=50257)
 
-def encode(text):
+def encode(text, name="the text"):
     """text -> list of token ids. <|endoftext|> becomes 50256; OpenAI's encoder splits it up."""
-    with explain("the text cannot be encoded; it may have a million spaces in a row", ValueError):
+    with explain(f"{name} cannot be encoded; has it a million spaces in a row?", ValueError):
         return get_tokenizer().encode(text, allowed_special="all")
 
 def decode_utf8(data, name, offset=0):
@@ -378,7 +378,7 @@ def with_weights(config, weights):
     return model
 
 def load_checkpoint(path, verify=False):
-    """path -> GPT on the CPU, in eval mode; dict of the training state. It runs no code of it.
+    """path -> GPT on the CPU, in eval mode; dict of the training state. No code in it is run.
     verify compares checksums. Without verify the weights stay in the file until they are used: do
     not write into the file meanwhile. atomic_write may replace it, except on Windows."""
     with explain(f"{path} cannot be read as a checkpoint; try another file", Exception):

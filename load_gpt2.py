@@ -183,7 +183,7 @@ def export(path, folder):
     contents["generation_config.json"]["max_length"] = config.block_size
     contents["tokenizer_config.json"]["model_max_length"] = config.block_size
     contents["vocab.json"] = vocabulary()
-    contents["tokenizer.json"]["model"] |= {"vocab": vocabulary(), "merges": merges()}
+    contents["tokenizer.json"]["model"] |= {"vocab": contents["vocab.json"], "merges": merges()}
     try:
         with explain(f"{folder} could not be written", SafetensorError, OSError):
             os.makedirs(folder)

@@ -111,7 +111,7 @@ def write_tokens(path, kept, expected_hash):
     sha = hashlib.sha256()
     with atomic_write(kept) as file:
         for text in read_text(files):
-            tokens = np.array(encode(text), dtype=np.uint16)
+            tokens = np.array(encode(text, path), dtype=np.uint16)
             sha.update(tokens)
             file.write(tokens)
             print0(f"{path}: {len(files)} file(s), {file.tell() // 2:,} tokens", end="\r")
@@ -260,7 +260,7 @@ def keep_freed_memory():
     import ctypes
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large buffers come from the heap
-        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap keeps 2 GB
 
 def peak_memory(device):
     """The most memory that this process has held, in GB: on cuda the GPU's."""
@@ -366,7 +366,7 @@ def init_run(parser, args, ckpt_path):
     elif not args.resume:
         whole = model.config.block_size
         weights = model.state_dict()
-        weights["wpe.weight"] = weights["wpe.weight"][: args.block_size].clone()  # a copy
+        weights["wpe.weight"] = weights["wpe.weight"][: args.block_size].clone()  # frees the rest
         model = with_weights(config, weights).float()
         center_logits(model)
         if args.block_size < whole:
