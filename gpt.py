@@ -1,4 +1,4 @@
-"""GPT-2: token ids in, the next token out. The model comes first, then files and errors.
+"""GPT-2: token ids in, the next token out. `attend` comes first and calls `dropout`, below it.
 
 Each tensor's shape stands beside it: B sequences of T tokens, C channels a token (n_embd), H heads
 of D = C / H channels each, V tokens in the vocabulary; S = T + the tokens already in a KVCache.
@@ -35,7 +35,7 @@ def attend(q, k, v, dropout_p=0.0):
     value weighs more the better its key fits the query. k and v are (B, H, S, D). q (B, H, T, D)
     has only the last T of the S tokens: all of them if there is no cache. Returns (B, H, T, D)."""
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
-    if dropout_p > 0 and q.device.type == "cpu":  # written out, because our dropout is faster
+    if dropout_p > 0 and q.device.type == "cpu":  # written out, because `dropout` is faster
         # A score sums up D products, so it spreads sqrt(D) times as wide as one of them. Undivided,
         # softmax can come to give nearly all weight to one key and hardly pass gradients.
         scores = (q / math.sqrt(D)) @ k.transpose(2, 3) + causal_mask(q, S)  # (B, H, T, S)
@@ -380,7 +380,7 @@ def with_weights(config, weights):
 def load_checkpoint(path, verify=False):
     """path -> GPT on the CPU, in eval mode; dict of the training state. No code in it is run.
     verify compares checksums. Without verify the weights stay in the file until they are used: do
-    not write into the file meanwhile. atomic_write may replace it, except on Windows."""
+    not write into it. atomic_write may replace it, as a mapped file lives on (not on Windows)."""
     with explain(f"{path} cannot be read as a checkpoint; try another file", Exception):
         require(not verify or zipfile.ZipFile(path).testzip() is None, "wrong checksum")
         state = torch.load(path, weights_only=True, mmap=not verify, map_location="cpu")
