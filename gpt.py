@@ -1,117 +1,183 @@
-"""GPT-2: token ids in, the next token out. `attend` comes first and calls `dropout`, below it.
+"""GPT-2: token ids in, scores for the next token out.
 
-Each tensor's shape stands beside it: B sequences of T tokens, C channels a token (n_embd), H heads
-of D = C / H channels each, V tokens in the vocabulary; S = T + the tokens already in a KVCache.
-Sources: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), and OpenAI's
-gpt-2/src/model.py. Only the paper scales weights by depth; dropout is from GPT (2018).
+The model comes first, then the choice of the next token. If you want to understand
+GPT-2, you can stop there. Behind them stand a faster dropout, what keeps the numbers
+right, text and tokens, checkpoints, and what the scripts share.
+
+The shape of each tensor stands beside it:
+    B  sequences in a batch        C  channels: numbers that describe a token (n_embd)
+    T  tokens in each of them      H  attention heads, of D = C / H channels each
+    V  tokens in the vocabulary    S  tokens that attention looks at: the T that are
+                                      computed now, and those a KVCache already holds
+
+Sources: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019)
+and OpenAI's code, gpt-2/src/model.py. Two things are not in that code: the smaller
+initial weights of c_proj, which the paper describes, and dropout, which GPT (2018)
+used.
 """
+import argparse
+import contextlib
+import functools
+import glob
 import math
-from dataclasses import asdict, dataclass
+import os
+import pickle
+import re
+import signal
+import sys
+import textwrap
+import zipfile
+from dataclasses import asdict, dataclass, replace
 
+import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+
 @dataclass(frozen=True)
 class GPTConfig:
-    """The sizes of a GPT, by default those of GPT-2 124M."""
-    vocab_size: int = 50257  # 256 bytes + 50,000 merges + <|endoftext|>
+    """The sizes of a GPT. The defaults are those of GPT-2 124M."""
+    vocab_size: int = 50257  # 256 bytes, 50,000 merges of them, and <|endoftext|>
     block_size: int = 1024  # the longest sequence, in tokens
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    dropout: float = 0.0  # the probability that a number becomes 0, while training
+    dropout: float = 0.0  # the probability that training sets a number to 0
+
+
+# ---- The model -----------------------------------------------------------------------
+
 
 def causal_mask(q, S):
-    """The mask (T, S) that is added to q @ k.T, where q (B, H, T, D) has the last T of S tokens:
-    -inf, which softmax turns into a weight of 0, for each future token. With T = 2 and S = 5:
+    """Returns the mask (T, S), which is added to the scores and hides the future.
+
+    q (B, H, T, D) has the queries of the last T of S tokens. Where a query would look
+    at a later token, the mask is -inf, and softmax turns that score into a weight of
+    0. Everywhere else it is 0 and changes nothing. With T = 2 queries and S = 5
+    tokens:
+
                         k0  k1  k2  k3  k4
                     q3   0   0   0   0 -inf
-                    q4   0   0   0   0   0"""
-    return q.new_full((q.shape[2], S), -math.inf).triu(S - q.shape[2] + 1)
+                    q4   0   0   0   0   0
+    """
+    T = q.shape[2]
+    mask = q.new_full((T, S), -math.inf)
+    return mask.triu(S - T + 1)  # keeps -inf where the key is later than the query
+
 
 def attend(q, k, v, dropout_p=0.0):
-    """softmax(q @ k.T / sqrt(D) + mask) @ v: each query gets a weighted mean of the values, and a
-    value weighs more the better its key fits the query. k and v are (B, H, S, D). q (B, H, T, D)
-    has only the last T of the S tokens: all of them if there is no cache. Returns (B, H, T, D)."""
-    T, S, D = q.shape[2], k.shape[2], q.shape[3]
-    if dropout_p > 0 and q.device.type == "cpu":  # written out, because `dropout` is faster
-        # A score sums up D products, so it spreads sqrt(D) times as wide as one of them. Undivided,
-        # softmax can come to give nearly all weight to one key and hardly pass gradients.
-        scores = (q / math.sqrt(D)) @ k.transpose(2, 3) + causal_mask(q, S)  # (B, H, T, S)
-        weights = scores.softmax(dim=-1)  # (B, H, T, S), each row sums to 1
-        return dropout(weights, dropout_p) @ v
-    # PyTorch's kernel computes the same, and divides by sqrt(D) itself. Its is_causal lines query 0
-    # up with key 0, which is right only for T = S. A single query sees all keys: it needs no mask.
-    mask = None if T in (1, S) else causal_mask(q, S)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p,
-                                          is_causal=T == S)
+    """Attention: softmax(q @ k.T / sqrt(D) + mask) @ v.
 
-def dropout(x, p, training=True):
-    """F.dropout, faster on a CPU: while training, each element of x becomes 0 with probability p,
-    and the others are scaled up. So the model cannot rely on any single one."""
-    if not training or p in (0, 1) or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p, training)
-    # PyTorch draws a number for each element. Here 64 random bits serve four elements: 16 bits,
-    # read as int16, are a number from -32768 to 32767. The lowest numbers drop their element.
-    bits = torch.randint(-2**63, 2**63 - 1, (x.numel() // 4 + 1,))  # int64
-    numbers = bits.view(torch.int16)[: x.numel()].view(x.shape)
-    n_low = min(round(p * 65536), 65535)  # how many of the 65,536 numbers drop their element
-    keep = torch.ge(numbers, n_low - 32768, out=torch.empty_like(x))  # 0 or 1, in the dtype of x
-    return x * keep.mul_(65536 / (65536 - n_low))
+    Each token has a query (what it looks for), a key (what it can be found by) and a
+    value (what it has to tell). A query and a key have a score: their product, which
+    is large when both point the same way. Softmax turns the scores of a query into
+    weights, which are positive and sum to 1. The query gets the mean of all values
+    with these weights.
+
+    q (B, H, T, D) has the queries of the last T of the S tokens in k and v, (B, H, S,
+    D). Without a KVCache these are all tokens, so T = S. Returns (B, H, T, D).
+    """
+    B, H, T, D = q.shape
+    S = k.shape[2]
+    if q.device.type == "cuda":
+        # On a GPU, PyTorch's kernel computes the same without storing the scores. It
+        # has a causal mask built in, which is right only for T = S. If you change
+        # causal_mask, set built_in to False, or training on a GPU will not see your
+        # mask.
+        built_in = T == S
+        mask = None if built_in else causal_mask(q, S)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=built_in)
+    # A score sums up D products, so it varies sqrt(D) times as much as one of them.
+    # Without the division scores would be large, softmax would put nearly all weight
+    # on one key, and almost no gradient would get through.
+    scores = (q / math.sqrt(D)) @ k.transpose(2, 3)  # (B, H, T, S)
+    weights = (scores + causal_mask(q, S)).softmax(dim=-1)  # (B, H, T, S)
+    return dropout(weights, dropout_p) @ v
+
 
 def linear(n_in, n_out, std=0.02):
-    """An nn.Linear with weights from normal(0, std), 0.02 as in OpenAI's model.py, and biases 0."""
+    """Returns an nn.Linear with weights from normal(0, std) and biases of 0.
+
+    The standard deviation of 0.02 is that of OpenAI's model.py.
+    """
     layer = nn.Linear(n_in, n_out)
     nn.init.normal_(layer.weight, std=std)
     nn.init.zeros_(layer.bias)
     return layer
 
+
 class KVCache:
-    """One layer's keys and values of the tokens so far, so that only those of new tokens have to be
-    computed. Queries are not kept: a token asks once, but all later tokens look at its key."""
+    """The keys and values of one layer, for the tokens that the model has read so far.
+
+    While text is generated, each new token attends to all earlier ones. Their keys and
+    values do not change, so they are kept and not computed again. Queries are not
+    kept, because only its own token ever uses a query.
+    """
+
     def __init__(self, model, batch_size):
         assert not model.training, "call model.eval() first, or dropout spoils the text"
         config = model.config
-        shape = (2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.kv = model.wte.weight.new_zeros(shape)  # (2, B, H, block_size, D)
+        D = config.n_embd // config.n_head
+        shape = (2, batch_size, config.n_head, config.block_size, D)
+        self.kv = model.wte.weight.new_zeros(shape)  # on its device, in its dtype
         self.length = 0  # how many tokens it holds
 
     def append(self, k, v):
-        """Stores k, v (B, H, T, D) of new tokens. Returns those of all tokens, (2, B, H, S, D)."""
+        """Stores k and v, (B, H, T, D), of new tokens.
+
+        Returns the keys and values of all tokens so far, (2, B, H, S, D).
+        """
         start = self.length
         self.length += k.shape[2]
         self.kv[0, :, :, start : self.length] = k
         self.kv[1, :, :, start : self.length] = v
         return self.kv[:, :, :, : self.length]
 
+
+def make_caches(model, batch_size):
+    """Returns an empty KVCache for each layer of the model."""
+    return [KVCache(model, batch_size) for _ in model.h]
+
+
 class CausalSelfAttention(nn.Module):
-    """Each token gathers information from itself and the tokens before it.
-    One softmax weighs the past in one way. H heads of D channels weigh it in H ways with as many
-    products. OpenAI wrote its linear layers as convolutions that are one token wide, hence c_."""
+    """Lets each token gather information from itself and the tokens before it.
+
+    One head can weigh the past in only one way. H heads weigh it in H ways at the same
+    cost, because each has only D = C / H channels. OpenAI wrote linear layers as
+    convolutions that are one token wide: the c_ in c_attn, c_proj and c_fc is from
+    there.
+    """
+
     def __init__(self, config):
         super().__init__()
         C, H = config.n_embd, config.n_head
         assert C % H == 0, f"n_embd={C} is no multiple of n_head={H}"
         self.n_head = H
         self.dropout_p = config.dropout
-        self.c_attn = linear(C, 3 * C)  # q of all heads, then k, then v
-        # The MLP has a c_proj too. All 2 n_layer results add up in x, and so do their variances.
-        # As in the paper, each starts sqrt(2 n_layer) times smaller, so the sum keeps its size.
+        self.c_attn = linear(C, 3 * C)  # makes q of all heads, then all k, then all v
+        # c_proj mixes what the heads have found. Its result is added to x, and so is
+        # that of c_proj in the MLP: over all layers 2 n_layer results, whose variances
+        # add up. Weights that start sqrt(2 n_layer) times smaller keep the sum at its
+        # size.
         self.c_proj = linear(C, C, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x, cache=None):
+        """x (B, T, C) -> (B, T, C). cache is this layer's KVCache while generating."""
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if cache is not None:  # this layer's KVCache, only while generating
-            k, v = cache.append(k, v)  # (B, H, S, D)
+        if cache is not None:
+            k, v = cache.append(k, v)  # each (B, H, S, D)
         y = attend(q, k, v, self.dropout_p if self.training else 0.0)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
-        return dropout(self.c_proj(y), self.dropout_p, self.training)  # (B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return dropout(self.c_proj(y), self.dropout_p, self.training)
+
 
 class MLP(nn.Module):
-    """Each token is transformed by itself: to 4C channels, through GELU, and back to C."""
+    """Transforms each token by itself: to 4C channels, through GELU, and back to C."""
+
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
@@ -120,46 +186,66 @@ class MLP(nn.Module):
         self.c_proj = linear(4 * C, C, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x):
-        # GELU (Hendrycks and Gimpel, 2016) is a smooth max(x, 0). Without it, two layers equal one.
-        # GPT-2 was trained with its tanh approximation; the exact form gives other numbers.
+        """x (B, T, C) -> (B, T, C)."""
+        # GELU (Hendrycks and Gimpel, 2016) is a smooth max(x, 0). Without such a bend
+        # between them, two linear layers can do no more than one. GPT-2 was trained
+        # with the tanh approximation of GELU; the exact form would give other numbers.
         x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
-        return dropout(self.c_proj(x), self.dropout_p, self.training)  # (B, T, C)
+        return dropout(self.c_proj(x), self.dropout_p, self.training)
+
 
 class Block(nn.Module):
-    """Attention, then MLP. Each reads a normalized x and adds its result to x.
-    The sums give gradients a direct way back to every layer. LayerNorm brings each token's channels
-    to mean 0 and variance 1, then applies a learned gain and bias."""
+    """Attention, then the MLP. Each reads a normalized x and adds its result to x.
+
+    Because results are added, gradients have a direct way back to every layer.
+    LayerNorm shifts and scales the channels of each token to mean 0 and variance 1,
+    then multiplies them by a learned gain (its weight) and adds a learned bias.
+    """
+
     def __init__(self, config):
         super().__init__()
-        # LayerNorm adds eps to the variance and never divides by 0. PyTorch's 1e-5 is GPT-2's too.
+        # LayerNorm adds 1e-5 to the variance, as GPT-2 does, so it never divides by 0.
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)  # (B, T, C)
-        return x + self.mlp(self.ln_2(x))  # (B, T, C)
+        """x (B, T, C) -> (B, T, C)."""
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
 
 class GPT(nn.Module):
-    """Embeddings, n_layer blocks, and an output layer that is the token embedding again (weight
-    tying, Press and Wolf, 2017): reading a token and predicting it take much the same knowledge."""
+    """Embeddings, n_layer blocks, and an output layer that is the token embedding again.
+
+    Sharing that matrix is called weight tying (Press and Wolf, 2017). It saves V x C
+    parameters, and what a token means as input helps to predict it as output.
+    """
+
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # (V, C), of tokens
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # (block_size, C), of positions
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # (block_size, C)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        nn.init.normal_(self.wte.weight, std=0.02)  # both numbers are from OpenAI's model.py
+        nn.init.normal_(self.wte.weight, std=0.02)  # both numbers are from OpenAI's code
         nn.init.normal_(self.wpe.weight, std=0.01)
 
     def forward(self, idx, targets=None, caches=None):
-        """idx (B, T) int64 -> logits (B, T, V): a score for each token that could come next.
-        With targets (B, T) int64 it returns the loss instead, a scalar in nats: the mean of -ln(p),
-        where p is the probability that the model gave to a target. Targets of -100 do not count.
-        With caches, one KVCache a layer, idx holds the tokens that follow the cached ones, and the
-        caches grow by these. Only the last token gets logits, (B, 1, V)."""
+        """Returns the logits (B, T, V): a score for each token that could come next.
+
+        idx (B, T) int64 has token ids. With targets (B, T) int64, the tokens that
+        really came next, it returns the loss instead: the mean of -ln(p), where p is
+        the probability that the model gave to a target. The loss is a float32 scalar,
+        and its unit is the nat, which is to ln what the bit is to log2. cross_entropy
+        leaves out targets of -100.
+
+        With caches, one KVCache for each layer, idx holds only the tokens that follow
+        the cached ones, and the caches grow by them. Then only the last token gets
+        logits, (B, 1, V), because generation needs no others.
+        """
         T = idx.shape[1]
         past = 0 if caches is None else caches[0].length
         assert past + T <= self.config.block_size, f"{past + T} tokens exceed block_size"
@@ -169,285 +255,564 @@ class GPT(nn.Module):
             x = block(x, None if caches is None else caches[layer])  # (B, T, C)
         if caches is not None:
             x = x[:, -1:]  # (B, 1, C)
-        logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V), or (B, 1, V)
+        logits = F.linear(self.ln_f(x), self.wte.weight)  # x @ wte.T: (B, T or 1, V)
         if targets is None:
             return logits
-        assert caches is None and targets.shape == idx.shape, "targets need idx's shape, no caches"
-        # Under autocast the logits have 16 bits. The loss is computed, and returned, in 32.
+        assert caches is None and targets.shape == idx.shape, "targets need idx's shape"
+        # train.py computes the logits in 16 bits where that is faster. The loss adds
+        # up thousands of exponentials, so it is always computed in 32 bits.
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
+
+# ---- The next token ------------------------------------------------------------------
+
+
 def candidates(logits, temperature=1.0, top_k=None, top_p=None):
-    """The tokens that may come next: logits (B, V) -> their probabilities (B, k), likeliest first,
-    and their ids (B, k) int64.
-    temperature divides the logits: below 1 the likely tokens become likelier, above 1 all become
-    more alike, and 0 always takes the likeliest token (greedy), as top_k=1 does. top_k keeps the k
-    likeliest tokens; None and 0 keep all. Of these, top_p > 0 keeps just enough of the likeliest to
-    add up to top_p (Holtzman et al., 2020); None and 1 keep all."""
+    """Returns the tokens that may come next, the likeliest first.
+
+    logits (B, V) -> their probabilities (B, k) float32 and their ids (B, k) int64.
+
+    temperature divides the logits. Below 1 the likely tokens become likelier still,
+    and above 1 all become more alike. 0 leaves only the likeliest one; always taking
+    that one is called greedy. top_k keeps the k likeliest tokens; None and 0 keep all
+    of them. top_p (Holtzman et al., 2020) keeps the likeliest of these until together
+    they have the probability top_p, and gives 0 to the others; None and 1 keep all of
+    them.
+    """
     V = logits.shape[-1]
-    k = 1 if temperature < 1e-6 else min(top_k or V, V)  # greedy: nothing can be divided by 0
+    k = 1 if temperature < 1e-6 else min(top_k or V, V)  # 1: greedy
     logits, ids = logits.float().topk(k)  # both (B, k)
     probs = (logits / max(temperature, 1e-6)).softmax(dim=-1)  # (B, k)
     if top_p is not None and top_p < 1:
-        sum_before = probs.cumsum(dim=-1) - probs  # (B, k), of all likelier tokens
-        probs = probs.masked_fill(sum_before >= top_p, 0)
+        sum_of_likelier = probs.cumsum(dim=-1) - probs  # (B, k)
+        probs = probs.masked_fill(sum_of_likelier >= top_p, 0)
         probs = probs / probs.sum(dim=-1, keepdim=True)
     return probs, ids
 
+
 @torch.inference_mode()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_token=None,
-             generator=None, observe=None):
-    """Yields the next token of each row, max_new_tokens times: idx (B, T) int64 -> (B,) int64.
-    `candidates` explains temperature, top_k and top_p. Only the last block_size tokens of idx
-    count. A row that met stop_token repeats it; once all rows have, generation ends. observe, if
-    given, is called as observe(probs, ids, token) with the candidates and the token drawn."""
-    assert idx.dim() == 2 and idx.shape[1] > 0, f"idx {tuple(idx.shape)} is not (B, T), T >= 1"
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
+             stop_token=None, generator=None, observe=None):
+    """Yields the next token of each row, (B,) int64, up to max_new_tokens times.
+
+    idx (B, T) int64 is the prompt, of which the last block_size tokens count.
+    `candidates` explains temperature, top_k and top_p. A row that has drawn stop_token
+    repeats it, and generation ends when all rows have. Random numbers come from
+    generator, a torch.Generator on the CPU. observe, if given, is called before each
+    yield as observe(probs, ids, token): the model's own probabilities of all tokens,
+    likeliest first, the ids of these tokens, both (B, V), and the drawn token (B,).
+    """
     window = idx[:, -model.config.block_size :]  # (B, T)
-    caches = [KVCache(model, len(idx)) for _ in model.h]
-    stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+    caches = make_caches(model, len(idx))
+    stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)  # (B,)
     for _ in range(max_new_tokens):
         if window.shape[1] > model.config.block_size:
-            # Sliding by one token would change every token's position, and so every key. So the
-            # window drops half of its tokens at once, and the others get new keys.
+            # The model can see no more. Dropping the oldest token would move every
+            # other one to another position. Positions are part of every key, so all
+            # keys would have to be computed again, and for each new token. Dropping
+            # half of the tokens at once makes that rare.
             window = window[:, -max(1, model.config.block_size // 2) :]
-            caches = [KVCache(model, len(idx)) for _ in model.h]
-        unseen = window[:, caches[0].length :]  # one token, or all if the caches are empty
+            caches = make_caches(model, len(idx))
+        unseen = window[:, caches[0].length :]  # one, or all if the caches are empty
         logits = model(unseen, caches=caches)[:, -1]  # (B, V)
         probs, ids = candidates(logits, temperature, top_k, top_p)  # both (B, k)
-        # The CPU draws, so the device does not change the random numbers.
-        choice = torch.multinomial(probs.cpu(), 1, generator=generator)  # (B, 1), from 0 to k - 1
-        token = ids.gather(1, choice.to(ids.device))[:, 0]  # (B,)
+        # Drawing on the CPU gives the same random numbers whatever the device.
+        place = torch.multinomial(probs.cpu(), 1, generator=generator)  # (B, 1)
+        token = ids.gather(1, place.to(ids.device))[:, 0]  # (B,), the id at each place
         if stop_token is not None:
             token = torch.where(stopped, stop_token, token)
             stopped = token == stop_token
         if observe is not None:
-            observe(probs, ids, token)
+            observe(*candidates(logits), token)
         yield token
         if stopped.all():
             return
         window = torch.cat((window, token[:, None]), dim=1)
 
+
 @torch.inference_mode()
 def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
-    """idx (1, T) int64 -> the likeliest continuation that is found, by the mean log-probability of
-    its tokens, (n,) int64. After n steps there are N = num_beams beams of n tokens: the likeliest
-    that follow from those before. The likeliest one that ends with stop_token is put aside."""
+    """Returns the likeliest continuation of idx that it finds, (n,) int64.
+
+    idx (1, T) int64 is the prompt. A beam is a continuation that may win. Each step
+    extends every beam by every token and keeps the N = num_beams likeliest results.
+    The likeliest one that ends with stop_token is put aside. At the end, the likeliest
+    beam and all that were put aside are compared by the mean log-probability of their
+    tokens.
+    """
     V = model.config.vocab_size
-    caches = [KVCache(model, num_beams) for _ in model.h]
-    beams = idx.new_empty(num_beams, 0)  # (N, n)
+    caches = make_caches(model, num_beams)
+    beams = idx.new_empty(num_beams, 0)  # (N, n) after n steps
     unseen = idx.expand(num_beams, -1)  # (N, T)
-    scores = torch.full((num_beams,), -math.inf, device=idx.device)  # (N,), log-probabilities
-    scores[0] = 0  # all beams are equal at first, so only one may have successors
-    found = []  # (mean log-probability, sequence)
+    scores = torch.full((num_beams,), -math.inf, device=idx.device)  # (N,), of the beams
+    scores[0] = 0  # at first all beams are empty and equal, so only one may be extended
+    found = []  # pairs of a mean log-probability and a continuation
     for n in range(1, max_new_tokens + 1):
-        log_probs = model(unseen, caches=caches)[:, -1].float().log_softmax(dim=-1)  # (N, V)
-        totals = scores[:, None] + log_probs  # (N, V)
-        if stop_token is not None:  # it counts, even if N unfinished sequences are likelier
-            score, best = totals[:, stop_token].max(dim=0)  # two scalars
-            found.append((score / n, torch.cat((beams[best], idx.new_tensor([stop_token])))))
-            totals[:, stop_token] = -math.inf
-        scores, flat_ids = totals.flatten().topk(num_beams)  # both (N,), the highest score first
-        parents = flat_ids // V  # (N,), the beams that go on: some twice, some never
-        unseen = flat_ids[:, None] % V  # (N, 1), their new tokens
+        logits = model(unseen, caches=caches)[:, -1]  # (N, V)
+        totals = scores[:, None] + logits.float().log_softmax(dim=-1)  # (N, V)
+        if stop_token is not None:
+            score, beam = totals[:, stop_token].max(dim=0)  # two scalars
+            ended = torch.cat((beams[beam], idx.new_tensor([stop_token])))  # (n,)
+            found.append((score / n, ended))
+            totals[:, stop_token] = -math.inf  # what has ended is not extended
+        # The index of beam b and token t in the flattened totals is b * V + t.
+        scores, indices = totals.flatten().topk(num_beams)  # both (N,)
+        parents = indices // V  # (N,), the beams that are extended; some are not
+        unseen = indices[:, None] % V  # (N, 1), the tokens that extend them
         beams = torch.cat((beams[parents], unseen), dim=1)
-        for cache in caches:
+        for cache in caches:  # a new beam continues with its parent's keys and values
             cache.kv[:, :, :, : cache.length] = cache.kv[:, parents, :, : cache.length]
     found.append((scores[0] / max(1, max_new_tokens), beams[0]))
     return max(found, key=lambda pair: pair[0])[1]
 
+
+@torch.inference_mode()
+def score(model, ids):
+    """Yields the losses (n,) float32, in nats, of the tokens ids[1:], window by window.
+
+    ids is (N,) int64, and may be longer than block_size. Windows overlap by half, so
+    each token after the first window is predicted from at least block_size / 2 tokens.
+    """
+    T = model.config.block_size
+    done = 0  # how many of the targets, ids[1:], have a loss
+    while done < len(ids) - 1:
+        start = max(0, done - T // 2)
+        window = ids[start : start + T + 1]  # up to T inputs, and one target more
+        logits = model(window[None, :-1])[0].float()  # (up to T, V)
+        new = done - start  # where the targets without a loss begin
+        yield F.cross_entropy(logits[new:], window[new + 1 :], reduction="none")
+        done = start + len(window) - 1
+
+
+# ---- Dropout, faster on a CPU --------------------------------------------------------
+
+
+def dropout(x, p, training=True):
+    """Returns what F.dropout returns. On a CPU it draws fewer random numbers.
+
+    While training, each element of x becomes 0 with probability p, and the others are
+    scaled up by 1 / (1 - p), so that their mean stays. The model therefore cannot rely
+    on any single number. Training of 124M on two CPU cores in bfloat16 spends 11
+    percent less time a step with it. There p is rounded to a multiple of 1 / 65,536.
+    """
+    if p == 0 or not training or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p, training)
+    # PyTorch draws a random number for each element, which takes longer than all else
+    # that happens to it. Here one draw of 64 random bits serves four elements.
+    bits = torch.randint(-2**63, 2**63 - 1, (x.numel() // 4 + 1,))  # int64
+    # The same memory, read as int16, has four numbers from -32,768 to 32,767 for each.
+    numbers = bits.view(torch.int16)[: x.numel()].view(x.shape)
+    # An element is dropped if its number is one of the n_low lowest of the 65,536.
+    n_low = min(round(p * 65536), 65535)
+    keep = numbers >= n_low - 32768
+    return x * keep * (65536 / (65536 - n_low))
+
+
+# ---- What keeps the numbers right ----------------------------------------------------
+
+GPT2_ANSWER = 12.355557  # what known_answer returns while the code computes GPT-2
+
+
 @torch.no_grad()
-def center_logits(model):
-    """Moves the logits to around 0. OpenAI's lie far below, where bfloat16 has steps of 0.25 (from
-    -32) and 0.5 (from -64), so likely tokens tie. wte's mean row moves to wpe: the blocks read the
-    same wte + wpe. All logits of a position lose the same number, which softmax ignores."""
+def known_answer(config, centered=False):
+    """Returns a number that changes when the computation of the model changes.
+
+    It is the loss of a tiny GPT on a fixed row of ids. Its sizes are fixed and its
+    weights follow from a formula; all other fields are those of config. Another
+    activation, mask, norm, scale or order of operations gives another number, and
+    weights that were trained before the change are of no use after it. Checkpoints
+    store the number, so that such a change is noticed. (A window of attention is
+    noticed if it is below 512 tokens.) centered moves the logits first, as
+    center_logits does.
+    """
+    config = replace(
+        config, vocab_size=61, block_size=512, n_layer=2, n_head=12, n_embd=48)
+    with torch.random.fork_rng(devices=[]):  # drawing weights must not change a run
+        model = GPT(config).eval().double()
+    for i, parameter in enumerate(model.parameters()):
+        squares = torch.arange(parameter.numel(), dtype=torch.float64) ** 2
+        parameter.copy_(torch.sin(squares + i).view_as(parameter))
+    if centered:
+        move_mean(model)
+    ids = torch.arange(513)[None] * 7 % 61  # (1, T + 1)
+    return model(ids[:, :-1], ids[:, 1:]).item()
+
+
+def same_answer(a, b):
+    """Returns whether two known answers are equal, but for the rounding of a machine."""
+    return abs(a - b) < 4e-6
+
+
+def move_mean(model):
+    """Takes the mean of wte's rows from each of them, and adds it to each row of wpe."""
     mean = model.wte.weight.mean(dim=0)  # (C,)
     model.wte.weight -= mean
     model.wpe.weight += mean
 
-# ---- Around the model, which needs none of these imports -----------------------------------------
-import argparse
-import contextlib
-import functools
-import os
-import sys
-import time
-import traceback
-import zipfile
 
-import tiktoken
+@torch.no_grad()
+def center_logits(model):
+    """Moves the logits of a model to around 0, for 16 bits. Returns whether it did.
+
+    OpenAI's logits lie far below 0. There bfloat16 has steps of 0.25 (from -32 on) or
+    0.5 (from -64 on), so likely tokens get equal logits. Taking the same row from all
+    rows of wte lowers or raises all logits of a position alike, which softmax ignores.
+    What the blocks read, wte + wpe, stays the same, since wpe gets that row. If the
+    code has changed so that this is no longer true, the weights are left alone.
+    """
+    config = model.config
+    if not (hasattr(model, "wpe") and same_answer(
+            known_answer(config), known_answer(config, centered=True))):
+        print("warning: logits are not centered, since this model's loss would change; "
+              "float32 is safe, 16 bits may be inexact", file=sys.stderr)
+        return False
+    move_mean(model)
+    return True
+
+
+def with_weights(config, weights):
+    """Returns a GPT that holds these tensors, {name: tensor}, without copying them.
+
+    Parameters are made on the meta device, where tensors have a shape but no memory,
+    so no time goes into random numbers. Buffers are made as usual. Raises RuntimeError
+    if a name is missing or unknown, or if a tensor has another shape.
+    """
+    hook = nn.modules.module.register_module_parameter_registration_hook(
+        lambda module, name, p: nn.Parameter(p.to("meta"), p.requires_grad))
+    try:
+        model = GPT(config)
+    finally:
+        hook.remove()
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+# ---- Errors --------------------------------------------------------------------------
+
 
 class InputError(ValueError):
     """The user's mistake, told in one line. Our own mistakes are asserts."""
 
-def require(condition, message):
+
+def raise_unless(condition, message):
+    """Raises InputError(message) unless the condition is true."""
     if not condition:
         raise InputError(message)
 
-def one_line(error):
-    """An error's message in one line, without the trace that C++ errors carry."""
-    return " ".join(str(error).partition("\nException raised from")[0].split())
 
 @contextlib.contextmanager
-def explain(message, *kinds):
-    """These kinds of errors in a with block become InputError("message (their first sentence)")."""
+def reraise_as_input_error(message, *kinds):
+    """Raises errors of these kinds again, as InputError("message (its words)")."""
     try:
         yield
     except kinds as error:
-        # torch.save's own error hides the OSError behind it, which says why.
+        # torch.save hides the OSError that says why, say a full disk, behind its own.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise InputError(f"{message} ({one_line(cause).partition('. ')[0]})") from error
+        raise InputError(f"{message} ({textwrap.shorten(str(cause), 300)})") from error
 
-# ---- Text and tokens -----------------------------------------------------------------------------
+
+# ---- Text and tokens -----------------------------------------------------------------
+
 DATA_DIR = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data")
-VOCAB_PATH = os.path.join(DATA_DIR, "vocab.bpe")
-END_OF_TEXT = 50256  # <|endoftext|>, which stood between the documents GPT-2 was trained on
-# A text is first cut into pieces, and no token spans two. ++ is a + that gives nothing back.
+# A text is first cut into pieces, and no token spans two of them. These are the pieces
+# of GPT-2; the spelling with ++, which makes long runs fast by never stepping back,
+# follows tiktoken's.
 PATTERN = (r"'(?:[sdmt]|ll|ve|re)"  # the ending of an English word, as in it's
            r"| ?\p{L}++| ?\p{N}++"  # a word or a number, with the space before it
-           r"| ?[^\s\p{L}\p{N}]++"  # punctuation
-           r"|\s++$|\s+(?!\S)|\s")  # white space; \s+ gives its last one back to a word
+           r"| ?[^\s\p{L}\p{N}]++"  # punctuation, with the space before it
+           r"|\s++$|\s+(?!\S)|\s")  # white space, but its last space belongs to a word
+
 
 def byte_spelling():
-    """-> {character of vocab.bpe: the byte it stands for}, in the order of the tokens 0 to 255: the
-    printable bytes stand for themselves, the other 68 are spelled chr(256) to chr(323)."""
+    """Returns {character: byte}, in the order of the tokens 0 to 255.
+
+    vocab.bpe spells each byte as one visible character, because a line of text cannot
+    show a space or a line end. Printable bytes stand for themselves, and the other 68
+    are spelled chr(256) to chr(323).
+    """
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    spelling = {chr(b): b for b in printable}
+    return spelling | {chr(256 + i): b for i, b in enumerate(others)}
 
-def merges():
-    """The lines of vocab.bpe that join two tokens: all but the first."""
-    with open(VOCAB_PATH, encoding="utf-8") as file:
-        return file.read().splitlines()[1:]
 
-def vocabulary():
-    """-> {token as vocab.bpe spells it: id}: the bytes, then what vocab.bpe's lines join, such as
-    the two bytes of "é", then <|endoftext|>. Every byte is a token, so there is no unknown one."""
-    joined = [pair.replace(" ", "") for pair in merges()]
-    return {token: i for i, token in enumerate([*byte_spelling(), *joined, "<|endoftext|>"])}
+def merges(vocab_size=GPTConfig.vocab_size):
+    """Returns the first vocab_size - 257 merges: "left right", as vocab.bpe spells them.
+
+    They were found by counting: each joins the two neighbouring tokens that were the
+    most frequent pair in OpenAI's training text after all earlier merges had been
+    made. So the first merges alone are a complete vocabulary too, of shorter tokens.
+    """
+    with open(os.path.join(DATA_DIR, "vocab.bpe"), encoding="utf-8") as file:
+        return file.read().splitlines()[1 : vocab_size - 256]  # line 0 is a version
+
+
+def vocabulary(vocab_size):
+    """Returns {token as vocab.bpe spells it: id}.
+
+    First come the 256 bytes, so that no text has an unknown token, then what each
+    merge joins, then <|endoftext|>, which stood between the documents GPT-2 was
+    trained on.
+    """
+    joined = [pair.replace(" ", "") for pair in merges(vocab_size)]
+    tokens = [*byte_spelling(), *joined, "<|endoftext|>"]
+    return {token: i for i, token in enumerate(tokens)}
+
 
 @functools.lru_cache
-def get_tokenizer():
-    """GPT-2's byte-pair encoding, a tiktoken.Encoding. It encodes a text by joining the pair that
-    makes the lowest id, again and again."""
-    byte_of = byte_spelling()
-    ranks = {bytes(byte_of[c] for c in token): i for token, i in vocabulary().items()}
-    del ranks[b"<|endoftext|>"]  # only as a special token
-    return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": END_OF_TEXT}, explicit_n_vocab=50257)
+def get_tokenizer(vocab_size=GPTConfig.vocab_size):
+    """Returns the byte-pair encoding with so many tokens, a tiktoken.Encoding.
 
-def encode(text, name="the text"):
-    """text -> list of token ids. <|endoftext|> becomes 50256; OpenAI's encoder splits it up."""
-    with explain(f"{name} cannot be encoded; has it a million spaces in a row?", ValueError):
-        return get_tokenizer().encode(text, allowed_special="all")
+    257 tokens are the bytes and <|endoftext|>; 50,257 are GPT-2's. Encoding joins the
+    pair of neighbours that makes the token with the lowest id, again and again, until
+    none is left. A lower id means an earlier merge.
+    """
+    byte_of = byte_spelling()
+    ranks = {bytes(byte_of[c] for c in token): i
+             for token, i in vocabulary(vocab_size).items()}
+    end_of_text = ranks.pop(b"<|endoftext|>")
+    return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": end_of_text})
+
+
+def encode(text, vocab_size=GPTConfig.vocab_size):
+    """Returns the token ids of a text, a list. "<|endoftext|>" becomes the last id.
+
+    tiktoken raises ValueError at about a million spaces in a row.
+    """
+    return get_tokenizer(vocab_size).encode(text, allowed_special="all")
+
+
+def token_bytes(vocab_size):
+    """Returns how many bytes of text each token stands for: V numbers, the last one 0.
+
+    <|endoftext|> is no text. vocab.bpe spells each byte as one character.
+    """
+    return [len(token) for token in vocabulary(vocab_size)][:-1] + [0]
+
 
 def decode_utf8(data, name, offset=0):
-    """The bytes at offset in a file -> text, with \\n as line ends and no byte-order marks."""
-    nul = data.find(b"\0")
-    require(nul < 0, f"{name}: byte {offset + nul} is NUL, as in UTF-16; save the file as UTF-8")
+    """Returns the text of data, with \\n as line ends and without byte-order marks.
+
+    data are the bytes at offset of the file `name`. Raises InputError if they are not
+    UTF-8. A byte of 0 is refused too, since UTF-16 is full of them.
+    """
     try:
         text = data.decode()
+        place = offset + data.find(b"\0") if 0 in data else None
     except UnicodeDecodeError as error:
-        place = f"byte {offset + error.start} ({data[error.start]:#x})"
-        raise InputError(f"{name}: {place} is not UTF-8; save the file as UTF-8") from error
+        place = offset + error.start
+    raise_unless(place is None, f"{name}: byte {place} is not UTF-8; save it as UTF-8")
     return text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n")
 
-# ---- Checkpoints ---------------------------------------------------------------------------------
+
+def text_files(path):
+    """Returns the .txt files in a folder, sorted by name, or [path] for a file."""
+    pattern = os.path.join(glob.escape(path), "*.[tT][xX][tT]")
+    return sorted(glob.glob(pattern)) or [path]
+
+
+def read_text(path):
+    """Yields the text of a file, or of all .txt files in a folder, in parts of 256 kB.
+
+    The parts encode to the same ids as the whole, because each new part begins with
+    white space, and a token has white space only at its beginning. Raises InputError.
+    """
+    rest = ""
+    names = text_files(path)
+    for name in names:
+        if name != names[0]:
+            # As in GPT-2's training, it marks where a new text begins. It hides
+            # nothing: attention can look at the text before it.
+            rest += "<|endoftext|>"
+        message = f"{name} cannot be read; give a text file, or a folder of .txt files"
+        with reraise_as_input_error(message, OSError), open(name, "rb") as file:
+            while lines := file.readlines(2**18):
+                data = b"".join(lines)
+                text = rest + decode_utf8(data, name, offset=file.tell() - len(data))
+                part = text.rstrip()
+                yield part
+                rest = text[len(part) :]
+    yield rest
+
+
+# ---- Checkpoints ---------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def atomic_write(path):
-    """Opens path.tmp, which replaces path once it is complete. After an error path is as before."""
+    """Opens path.tmp, which replaces path once it is complete.
+
+    After an error, path is as it was before. Raises InputError if writing fails.
+    """
     try:
-        with explain(f"{path} could not be written", OSError):
+        with reraise_as_input_error(f"{path} could not be written", OSError):
             with open(path + ".tmp", "wb") as file:
                 yield file
+                # Wait until the disk has it, or a power cut could leave an empty new
+                # file.
                 file.flush()
-                os.fsync(file.fileno())  # or a power cut could leave the new name without content
+                os.fsync(file.fileno())
             os.replace(path + ".tmp", path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(path + ".tmp")
 
-def save_checkpoint(path, model, **state):
-    """Writes config, weights and state (tensors and plain types), or raises InputError."""
-    with explain(f"{path} could not be written", RuntimeError), atomic_write(path) as file:
-        torch.save({"config": asdict(model.config), "model": model.state_dict(), **state}, file)
 
-def with_weights(config, weights):
-    """-> a GPT that holds these tensors, {name: tensor}, without drawing random ones first."""
-    with torch.device("meta"):  # shapes alone
-        model = GPT(config)
-    model.load_state_dict(weights, assign=True)  # each exactly once, and in its shape
-    return model
+def save_checkpoint(path, model, **state):
+    """Writes the model's config and weights, and state: tensors and plain Python values.
+
+    Raises InputError if writing fails.
+    """
+    state |= {"config": asdict(model.config), "model": model.state_dict(),
+              "known_answer": known_answer(model.config)}
+    with reraise_as_input_error(f"{path} could not be written", RuntimeError):
+        with atomic_write(path) as file:
+            torch.save(state, file)
+            # Read it once before it replaces the last one. weights_only refuses what
+            # is no plain type, and a NumPy number, say, would make the file unreadable
+            # for good.
+            file.flush()
+            torch.load(file.name, weights_only=True, mmap=True)
+
 
 def load_checkpoint(path, verify=False):
-    """path -> GPT on the CPU, in eval mode; dict of the training state. No code in it is run.
-    verify compares checksums. Without verify the weights stay in the file until they are used: do
-    not write into it. atomic_write may replace it, as a mapped file lives on (not on Windows)."""
-    with explain(f"{path} cannot be read as a checkpoint; try another file", Exception):
-        require(not verify or zipfile.ZipFile(path).testzip() is None, "wrong checksum")
-        state = torch.load(path, weights_only=True, mmap=not verify, map_location="cpu")
-        config = state.pop("config")
-        require(config.pop("bias", True), "it has no biases, but GPT-2 has")  # a fork's switch
-        require(config.get("vocab_size") == GPTConfig.vocab_size, "its vocabulary is not GPT-2's")
-        # torch.compile puts _orig_mod. before each name, and some programs save them so.
-        weights = {k.removeprefix("_orig_mod."): w for k, w in state.pop("model").items()}
-        config = GPTConfig(**config)
-    with explain(f"{path} does not fit GPT", RuntimeError):
-        return with_weights(config, weights).eval(), state
+    """Returns a GPT on the CPU in eval mode, and the dict of what else was saved.
 
-# ---- What the scripts share ----------------------------------------------------------------------
+    With verify the file is read as a whole and its checksums are compared. Without it
+    the file is memory-mapped: its numbers are read when they are first used. To
+    replace the file is safe then, to write into it is not. Raises InputError if the
+    file is damaged, is no checkpoint, or does not fit GPT. Nothing that the file holds
+    is executed.
+    """
+    message = f"{path} cannot be read as a checkpoint; try another file"
+    with reraise_as_input_error(message, Exception):
+        if verify:
+            raise_unless(zipfile.ZipFile(path).testzip() is None, "wrong checksum")
+        mmap = not verify and os.name != "nt"  # Windows replaces no file that is mapped
+        try:
+            state = torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
+        except pickle.UnpicklingError as error:
+            raise InputError("it holds no tensors, or code that wants to run") from error
+        config = state.pop("config")
+        V = config["vocab_size"]
+        raise_unless(257 <= V <= 50257, f"its vocab_size is {V}, not 257 to 50257")
+        # torch.compile puts _orig_mod. before each name, and some programs save it.
+        weights = {name.removeprefix("_orig_mod."): weight
+                   for name, weight in state.pop("model").items()}
+        config = GPTConfig(**config)
+    with reraise_as_input_error(f"{path} does not fit GPT", RuntimeError):
+        model = with_weights(config, weights).eval()
+    if not same_answer(state.setdefault("known_answer", GPT2_ANSWER),
+                       known_answer(config)):
+        print(f"warning: {path} was trained by code that computes something else than "
+              "gpt.py does now; expect a worse loss", file=sys.stderr)
+    return model, state
+
+
+# ---- What the scripts share ----------------------------------------------------------
+
+
 def show_error(kind, error, trace):
-    """sys.excepthook: one line for what the user can put right, silence for Ctrl-C."""
-    message = one_line(error) or kind.__name__
-    shared = int(os.environ.get("WORLD_SIZE") or 1) > 1  # the run has several processes
-    if shared and os.environ.get("LOCAL_RANK") != "0":
-        time.sleep(5)  # process 0 usually reports the same error; torchrun then ends the rest
-    if kind in (BrokenPipeError, KeyboardInterrupt) or (shared and "closed by peer" in message):
-        os._exit(130)  # the reader of a pipe left, or it was Ctrl-C, or another process left
-    compiler = kind.__module__.startswith("torch._")  # torch._dynamo and torch._inductor
-    expected = issubclass(kind, (InputError, OSError, MemoryError, torch.OutOfMemoryError))
-    if not (expected or compiler or "allocate memory" in message):
+    """Tells an error: the user's mistakes in one line, Ctrl-C not at all."""
+    if issubclass(kind, (KeyboardInterrupt, BrokenPipeError)):  # its reader left
+        os._exit(130)
+    if not issubclass(kind, InputError):
         return sys.__excepthook__(kind, error, trace)
-    if not issubclass(kind, InputError):  # whoever changes the code needs the place
-        place = traceback.extract_tb(trace)[-1]
-        message += f" ({os.path.basename(place.filename)}:{place.lineno})"
-    message += "; --no-compile goes without torch.compile" if compiler else ""
-    # sys.stderr may be a wrapper of torch.distributed, whose text is lost on sys.exit.
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.__stderr__, flush=True)
+    script = os.path.basename(sys.argv[0])
+    # torch.distributed may replace sys.stderr by a stream that loses this line.
+    print(f"{script}: error: {error}", file=sys.__stderr__, flush=True)
     sys.exit(2)
 
+
 def start_script(doc):
-    """Sets up errors and output. -> an ArgumentParser; a flag without a default may be absent."""
+    """Sets up errors and output, and returns an ArgumentParser with doc as its help."""
     sys.excepthook = show_error
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stream lacks it
-        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a log gets lines at once
-    return argparse.ArgumentParser(description=doc.partition("\n")[0], usage=argparse.SUPPRESS,
-                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                   argument_default=argparse.SUPPRESS, allow_abbrev=False)
+        # A log gets each line at once, and a file gets UTF-8 on Windows too.
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
+    title, _, examples = doc.partition("\n")
+    return argparse.ArgumentParser(
+        description=title, epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [flags]; --help explains them")
 
-def number(kind, low, high=math.inf):
-    """A type for argparse: an int or float from low to high, so never nan or infinite."""
+
+@contextlib.contextmanager
+def catch_signals():
+    """Yields a list that gets each signal that asks this process to end, such as Ctrl-C.
+
+    A second one does what the first would have done without this. At the end of the
+    with block everything is as before.
+    """
+    caught, before = [], {}
+
+    def note(signum, _):
+        caught.append(signum)
+        signal.signal(signum, before[signum])
+        with contextlib.suppress(OSError):  # a print may be interrupted
+            os.write(2, b"saving the last whole step; once more to end without\n")
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        signum = getattr(signal, name, None)  # Windows has no SIGHUP
+        if signum and signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            before[signum] = signal.signal(signum, note)
+    try:
+        yield caught
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def number(kind, low, high=sys.float_info.max):
+    """Returns a type for argparse: an int or float from low to high, never nan."""
     def check(text):
-        if not low <= kind(text) <= min(high, sys.float_info.max):
+        if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)
-    check.__name__ = kind.__name__  # argparse says "invalid int value"
+
+    check.__name__ = kind.__name__  # for argparse's message "invalid int value"
     return check
+
+
+def command(script, *flags):
+    """Returns a command for a script beside this one, to be pasted into any shell."""
+    path = os.path.join(os.path.dirname(sys.argv[0]), script)
+    words = [word if re.fullmatch(r"[\w./:\\=-]+", word) else '"' + word + '"'
+             for word in (path, *flags)]
+    return " ".join(["python", *words])
+
+
+def show_progress(text):
+    """Shows a line on a terminal that the next one overwrites."""
+    if sys.stderr and sys.stderr.isatty():
+        print(text, end="\r", file=sys.stderr)
+
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
+
 def choose_device(device, dtype):
-    """--device and --dtype -> torch.device, torch.dtype. auto is bfloat16 where x86 or an NVIDIA
-    GPU has it (float32's range, 8 bits of precision, not 24), else float16 on cuda, or float32."""
+    """Returns a torch.device and a torch.dtype for the flags --device and --dtype.
+
+    bfloat16 has the range of float32, but 8 bits of precision and not 24, which is
+    enough for matrix products. auto takes it where the hardware computes in it: recent
+    x86 CPUs and NVIDIA GPUs. An older NVIDIA GPU gets float16, everything else
+    float32.
+    """
     if device == "auto":
         found = torch.accelerator.is_available()  # cuda, mps or xpu
         device = torch.accelerator.current_accelerator() if found else "cpu"
-    with explain(f"--device={device} cannot be used", Exception):
+    with reraise_as_input_error(f"--device={device} cannot be used", Exception):
         device = torch.ones(1, device=device).device
-    native = False  # whether the hardware computes in bfloat16
+    native = False
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # PyTorch 2.6 lacks it
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # PyTorch 2.7
         able = torch.cpu.get_capabilities()
         native = able.get("amx_bf16") or able.get("avx512_bf16")
     if dtype == "auto":
-        dtype = "bfloat16" if native else "float16" if device.type == "cuda" else "float32"
+        dtype = "float16" if device.type == "cuda" else "float32"
+        if native:
+            dtype = "bfloat16"
     return device, getattr(torch, dtype)

@@ -1,226 +1,291 @@
 """Converts OpenAI's GPT-2 weights, without TensorFlow, and exports a model to other tools.
 
-    python load_gpt2.py 124M                      downloads (also 355M, 774M, 1558M) and converts
-    python load_gpt2.py FOLDER                    converts OpenAI's or Hugging Face's files
-    python load_gpt2.py --export out/ckpt.pt DIR  writes a folder for transformers and other tools
+    python load_gpt2.py 124M                          downloads (also 355M, 774M, 1558M)
+    python load_gpt2.py openai-community/gpt2-medium  downloads from Hugging Face's hub
+    python load_gpt2.py FOLDER                        converts files of either kind
+    python load_gpt2.py --export out/ckpt.pt FOLDER   writes a folder for other tools
 
-The first two write models/gpt2-124M.pt or models/FOLDER.pt, for sample.py and train.py --init_from.
-TensorFlow's Saver wrote OpenAI's variables one after the other, sorted by name, without gaps. Their
-names and shapes follow from hparams.json, and so does the size: 497,759,232 bytes for 124M.
+The first three write a checkpoint, such as models/gpt2-124M.pt, for sample.py and for
+train.py --init_from.
+
+OpenAI's weights are in one file that TensorFlow's Saver wrote: float32 numbers, one
+variable after the other, sorted by name, without gaps. Names and shapes follow from
+the sizes in hparams.json, and so does the size of the file: 497,759,232 bytes for
+124M.
 """
-import glob
 import http.client
 import json
+import math
 import os
 import re
 import shutil
 import sys
 import urllib.request
-from dataclasses import asdict
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gpt import (DATA_DIR, GPT, VOCAB_PATH, GPTConfig, explain, load_checkpoint, merges, require,
-                 save_checkpoint, start_script, vocabulary, with_weights)
+from gpt import (
+    DATA_DIR, GPT, GPT2_ANSWER, GPTConfig, InputError, command, encode,
+    known_answer, load_checkpoint, merges, raise_unless, reraise_as_input_error, same_answer,
+    save_checkpoint, show_progress, start_script, vocabulary, with_weights)
 
 SIZES = ("124M", "355M", "774M", "1558M")
-URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
+OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
+HUB_URL = "https://huggingface.co"
 HPARAMS = "hparams.json"
 DATA = "model.ckpt.data-00000-of-00001"
-EXPORT_DIR = os.path.join(DATA_DIR, "export")  # what is the same in every folder for other tools
-# Our names of the sizes: Hugging Face's.
+WEIGHTS = "model.safetensors"
+EXPORT_PATH = os.path.join(DATA_DIR, "export.json")  # what each exported folder has alike
+# {field of GPTConfig: its name in Hugging Face's config.json}
 HUGGING_FACE = {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer",
                 "n_head": "n_head", "n_embd": "n_embd"}
+# {field of GPTConfig: its name in OpenAI's hparams.json}
+OPENAI = HUGGING_FACE | {"vocab_size": "n_vocab", "block_size": "n_ctx"}
+SENTENCE = "The old man opened the door, looked out at the rain, and decided to stay at home."
+
 
 def openai_name(name):
-    """Our name of a parameter -> OpenAI's: h.3.attn.c_attn.weight -> h3/attn/c_attn/w."""
+    """Returns OpenAI's name of a parameter: h.3.attn.c_attn.weight -> h3/attn/c_attn/w."""
     path = re.sub(r"^h\.", "h", name).replace(".", "/").replace("/bias", "/b")
     if path.startswith(("wte", "wpe")):
         return path.removesuffix("/weight")
-    return path.replace("/weight", "/g" if "ln_" in path else "/w")
+    return path.replace("/weight", "/g" if "ln_" in path else "/w")  # g as in gain
+
 
 def transposed(name, weight):
-    """Turns a linear layer's weight, [in, out] at OpenAI and Hugging Face, into ours, [out, in], or
-    back. Without it the shapes do not fit, except attn/c_proj's, which is square: forgotten there
-    alone, the model runs but writes nonsense."""
+    """Returns the weight of a linear layer transposed, and any other parameter as it is.
+
+    OpenAI and Hugging Face store [in, out], and we, as PyTorch does, [out, in].
+    Whoever forgets it fails on the shapes, except on that of attn/c_proj: this matrix
+    is square, so the model would load, run, and write nonsense.
+    """
     return (weight.T if openai_name(name).endswith("/w") else weight).contiguous()
 
-def read_json(path):
-    """The content of a JSON file."""
-    with explain(f"{path} is not JSON", OSError, ValueError), open(path, encoding="utf-8") as file:
-        return json.load(file)
 
-def config_from(path, **names):
-    """A JSON file, and its names for the fields of GPTConfig -> GPTConfig, the file's content."""
+def read_json(path):
+    """Returns the content of a JSON file."""
+    with reraise_as_input_error(f"{path} is not JSON", OSError, ValueError):
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+
+
+def read_config(path, names):
+    """Returns the GPTConfig that a JSON file describes, and all of the file's content.
+
+    names says how the file calls each field: {field: name}.
+    """
     content = read_json(path)
-    with explain(f"{path} does not have the sizes of a GPT-2", LookupError, TypeError):
+    with reraise_as_input_error(f"{path} does not have GPT-2's sizes", LookupError, TypeError):
         sizes = {field: content[name] for field, name in names.items()}
-    fit = all(type(size) is int and size > 0 for size in sizes.values())
-    require(fit and sizes["n_embd"] % sizes["n_head"] == 0, f"{path} has impossible sizes: {sizes}")
     return GPTConfig(**sizes), content
 
+
 def read_openai(folder):
-    """-> GPTConfig, {our name: tensor as stored}."""
-    path = os.path.join(folder, HPARAMS)
-    config, _ = config_from(path, vocab_size="n_vocab", block_size="n_ctx", n_layer="n_layer",
-                            n_head="n_head", n_embd="n_embd")
-    with torch.device("meta"):
-        shapes = {name: transposed(name, p).shape for name, p in GPT(config).named_parameters()}
+    """Returns the GPTConfig of OpenAI's files and {our name: tensor as it is stored}."""
+    config, _ = read_config(os.path.join(folder, HPARAMS), OPENAI)
+    with torch.device("meta"):  # tensors with shapes, but without numbers
+        shapes = {name: transposed(name, parameter).shape
+                  for name, parameter in GPT(config).named_parameters()}
     path = os.path.join(folder, DATA)
-    total = 4 * sum(shape.numel() for shape in shapes.values())
-    have = os.path.getsize(path) if os.path.exists(path) else 0
-    require(have == total, f"{path} has {have:,} bytes; a float32 model with the sizes in "
-            f"{HPARAMS}, in one file, has {total:,}")
+    expected = 4 * sum(shape.numel() for shape in shapes.values())
+    found = os.path.getsize(path) if os.path.exists(path) else 0
+    raise_unless(found == expected, f"{path} has {found:,} bytes, but the sizes in {HPARAMS} "
+                 f"make {expected:,}")
     weights = {}
     with open(path, "rb") as file:
-        for name in sorted(shapes, key=openai_name):  # as text: h10 comes before h2
-            array = np.fromfile(file, "<f4", shapes[name].numel())
-            weights[name] = torch.from_numpy(array).view(shapes[name])
+        for name in sorted(shapes, key=openai_name):  # as text, so h10 comes before h2
+            numbers = np.fromfile(file, "<f4", shapes[name].numel())  # float32
+            weights[name] = torch.from_numpy(numbers).view(shapes[name])
     return config, weights
 
-def require_tokenizer(folder):
-    """Refuses a folder whose tokenizer is not GPT-2's. There are others with as many tokens, and a
-    model that was trained with one writes nonsense with GPT-2's."""
+
+def check_tokenizer(folder, vocab_size):
+    """Raises InputError if the folder has a tokenizer that is not GPT-2's.
+
+    A model that was trained with another one writes nonsense with ours.
+    """
     for name in ("vocab.json", "tokenizer.json"):  # older tools wrote one, newer ones the other
         path = os.path.join(folder, name)
         if os.path.exists(path):
-            found = read_json(path)
-            with explain(f"{path} is not GPT-2's tokenizer", LookupError, TypeError, ValueError):
-                ids = found["model"]["vocab"] if name == "tokenizer.json" else found
-                require(ids == vocabulary(), "it has other tokens")
+            ids = read_json(path)
+            with reraise_as_input_error(f"{path} is not GPT-2's tokenizer", Exception):
+                ids = ids["model"]["vocab"] if name == "tokenizer.json" else ids
+                raise_unless(ids == vocabulary(vocab_size), "it has other tokens")
+
+
+def weight_files(folder):
+    """Returns the names of the files that hold a model's weights, as transformers does.
+
+    A folder may hold other weights too, such as a backup. They are not read.
+    """
+    index = os.path.join(folder, WEIGHTS + ".index.json")
+    has_all = os.path.exists(os.path.join(folder, WEIGHTS))
+    if has_all or not os.path.exists(index):
+        return [WEIGHTS]
+    with reraise_as_input_error(f"{index} has no weight_map", LookupError, TypeError):
+        return sorted(set(read_json(index)["weight_map"].values()))
+
 
 def read_hugging_face(folder):
-    """Returns what read_openai returns."""
+    """Returns the GPTConfig of Hugging Face's files and {our name: tensor as it is stored}."""
     path = os.path.join(folder, "config.json")
-    config, content = config_from(path, **HUGGING_FACE)
+    config, content = read_config(path, HUGGING_FACE)
     for name, allowed in {"model_type": ("gpt2",), "add_cross_attention": (False,),
                           "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
                           "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,),
                           "scale_attn_by_inverse_layer_idx": (False,)}.items():
-        value = content.get(name, allowed[0])  # what is absent is as in GPT-2
-        require(value in allowed, f"{path}: {name} is {value!r}, and GPT-2's is {allowed[0]!r}")
-    require_tokenizer(folder)
-    files = sorted(glob.glob(os.path.join(glob.escape(folder), "model*.safetensors")))
-    require(files, f"{folder}: no model.safetensors; save_pretrained converts pytorch_model.bin")
+        value = content.get(name, allowed[0])  # what is not said is as in GPT-2
+        raise_unless(value in allowed, f"{path}: {name} is {value!r}; GPT-2 has {allowed[0]!r}")
+    check_tokenizer(folder, config.vocab_size)
     weights = {}
-    for file in files:
-        with explain(f"{file} could not be read: get it again", SafetensorError, OSError):
+    for name in weight_files(folder):
+        file = os.path.join(folder, name)
+        raise_unless(os.path.exists(file), f"{file} is missing; save_pretrained of transformers "
+                     "makes it from a pytorch_model.bin")
+        with reraise_as_input_error(f"{file} is damaged: get it again", SafetensorError, OSError):
             weights |= load_file(file)
     # Older files hold the causal masks too.
     weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()
                if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-    head = weights.pop("lm_head.weight", None)
-    if head is not None:  # it is wte.weight again, or stands for it
+    head = weights.pop("lm_head.weight", None)  # the output layer, which in GPT-2 is wte
+    if head is not None:
         wte = weights.setdefault("wte.weight", head)
-        require(torch.equal(head, wte), f"{folder}: lm_head.weight must equal wte.weight")
+        raise_unless(torch.equal(head, wte), f"{folder}: lm_head.weight must equal wte.weight")
     return config, weights
 
+
 def load_gpt2(folder):
-    """A folder of OpenAI's or Hugging Face's files -> GPT, float32, on the CPU. Raises InputError
-    for what is missing, misshapen, of another size, or not GPT-2. Wrong numbers go unnoticed."""
-    files = os.listdir(folder) if os.path.isdir(folder) else []
-    require({HPARAMS, "config.json"} & set(files), f"{folder} is neither a size "
-            f"({', '.join(SIZES)}), nor a folder with {HPARAMS} or config.json")
-    config, weights = read_openai(folder) if HPARAMS in files else read_hugging_face(folder)
-    for name in weights:  # one at a time: there is never a second copy of all
+    """Returns a GPT, float32 on the CPU, from a folder of OpenAI's or Hugging Face's files.
+
+    Raises InputError for what is missing, misshapen, of another size, or not GPT-2.
+    Wrong numbers it cannot see.
+    """
+    if os.path.exists(os.path.join(folder, HPARAMS)):
+        config, weights = read_openai(folder)
+    elif os.path.exists(os.path.join(folder, "config.json")):
+        config, weights = read_hugging_face(folder)
+    else:
+        raise InputError(f"{folder} is none of {', '.join(SIZES)}, nor OWNER/NAME on the hub, nor "
+                         f"a folder with {HPARAMS} or config.json")
+    raise_unless(257 <= config.vocab_size <= 50257, f"{folder} has another vocabulary than "
+                 f"GPT-2's, of {config.vocab_size} tokens")
+    for name in weights:  # one at a time, so there is never a second copy of all
         weights[name] = transposed(name, weights[name].float())
-    with explain(f"{folder} does not have the weights of GPT-2", RuntimeError):
+    with reraise_as_input_error(f"{folder} does not have the weights of GPT-2", RuntimeError):
         return with_weights(config, weights).eval()
 
+
 def fetch(url, path):
-    """Downloads url to path.part, from where an earlier try stopped, and renames it at the end."""
-    with open(path + ".part", "ab") as file:
-        have = max(0, file.tell() - 1)  # minus 1: servers refuse a range of no bytes
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
+    """Downloads url to path.part, from where an earlier try stopped, and then renames it."""
+    part = path + ".part"
+    with open(part, "ab") as file:
+        done = max(0, file.tell() - 1)  # one less, since servers refuse to send no bytes
+        request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"})
         with urllib.request.urlopen(request, timeout=60) as response:
             if "html" in response.headers.get("Content-Type", ""):
                 raise OSError("the answer is a web page")
-            if response.status != 206:  # some servers always send all
-                have = 0
-            total = have + int(response.headers.get("Content-Length", 0))
-            file.truncate(have)
-            file.seek(have)
+            if response.status != 206:  # not the rest of the file, but all of it
+                done = 0
+            total = done + int(response.headers["Content-Length"])
+            file.truncate(done)
+            file.seek(done)
             while chunk := response.read(1 << 20):
                 file.write(chunk)
-                print(f"{path}: {file.tell():,} of {total:,} bytes", end="\r", file=sys.stderr)
+                show_progress(f"{path}: {file.tell():,} of {total:,} bytes")
         if file.tell() != total:
-            raise OSError(f"{file.tell()} of {total} bytes came; {path}.part has them")
-    os.replace(path + ".part", path)
+            raise OSError(f"{file.tell()} of {total} bytes came; {part} has them")
+    os.replace(part, path)
 
-def download(size, folder):
-    """Fetches OpenAI's files of that size into folder, except those already there."""
+
+def download(url, names, folder):
+    """Fetches the files url/name into folder, except those that are already there."""
     os.makedirs(folder, exist_ok=True)
-    for name in (HPARAMS, DATA):
+    for name in names:
         path = os.path.join(folder, name)
-        message = f"{URL}/{size}/{name} failed: try again, or put it into {folder} by hand"
-        with explain(message, OSError, http.client.HTTPException):
+        message = (f"{url}/{name} failed: try again, if need be without {path}.part, or put it "
+                   f"into {folder} by hand")
+        with reraise_as_input_error(message, OSError, http.client.HTTPException):
             if not os.path.exists(path):
-                fetch(f"{URL}/{size}/{name}", path)
+                fetch(f"{url}/{name}", path)
+
 
 def export(path, folder):
-    """Writes the checkpoint at path as a new folder, which is removed again if that fails. Raises
-    InputError for a model that is not GPT-2, since other programs would run it as one."""
-    require(not os.path.exists(folder), f"{folder} exists: name a new folder")
-    model, _ = load_checkpoint(path, verify=True)
-    config = model.config
-    tensors = {name: transposed(name, weight) for name, weight in model.state_dict().items()}
-    layers = ["ln_f"] + [f"h.{i}.{layer}" for i in range(config.n_layer) for layer in (
-        "ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")]
-    known = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
-    known |= {"wte.weight", "wpe.weight", "dropout", *HUGGING_FACE}
-    differs = sorted(known ^ (tensors.keys() | asdict(config).keys()))  # gpt.py was changed
-    require(not differs, f"{path} is not GPT-2: {', '.join(differs)}")
-    require(config.vocab_size == 50257, f"{path}: the export knows only GPT-2's tokenizer")
+    """Writes the checkpoint at path as a new folder, in Hugging Face's format.
 
-    contents = {name: read_json(os.path.join(EXPORT_DIR, name)) for name in os.listdir(EXPORT_DIR)
-                if name.endswith(".json")}
-    sizes = {theirs: getattr(config, ours) for ours, theirs in HUGGING_FACE.items()}
-    dropouts = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
-    contents["config.json"] |= sizes | dropouts | {"n_ctx": config.block_size}
-    contents["generation_config.json"]["max_length"] = config.block_size
-    contents["tokenizer_config.json"]["model_max_length"] = config.block_size
-    contents["vocab.json"] = vocabulary()
-    contents["tokenizer.json"]["model"] |= {"vocab": contents["vocab.json"], "merges": merges()}
+    If that fails, the folder is removed again. Raises InputError for a model that is
+    not GPT-2, since other programs would run it as one.
+    """
+    with reraise_as_input_error(f"{folder} cannot be made: name a new folder", OSError):
+        os.makedirs(folder)
     try:
-        with explain(f"{folder} could not be written", SafetensorError, OSError):
-            os.makedirs(folder)
-            for name, content in contents.items():
-                with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-                    json.dump(content, file, ensure_ascii=False)
-            shutil.copyfile(VOCAB_PATH, os.path.join(folder, "merges.txt"))
-            weights = os.path.join(folder, "model.safetensors")
-            save_file(tensors, weights, metadata={"format": "pt"})
-            shutil.copymode(os.path.join(folder, "config.json"), weights)  # safetensors' is 0600
+        model, state = load_checkpoint(path, verify=True)
+        config = model.config
+        for answer in (state["known_answer"], known_answer(config)):
+            raise_unless(same_answer(answer, GPT2_ANSWER), f"{path}: this model computes "
+                         "something else than GPT-2, and other tools would not know")
+        end_of_text = config.vocab_size - 1
+        contents = read_json(EXPORT_PATH)  # {file name: its content}
+        ids = dict.fromkeys(("bos_token_id", "eos_token_id"), end_of_text)
+        sizes = {theirs: getattr(config, ours) for ours, theirs in HUGGING_FACE.items()}
+        contents["config.json"] |= sizes | ids | {"n_ctx": config.block_size}
+        contents["generation_config.json"] |= ids | {
+            "pad_token_id": end_of_text, "max_length": config.block_size}
+        contents["tokenizer_config.json"]["model_max_length"] = config.block_size
+        contents["vocab.json"] = vocabulary(config.vocab_size)
+        contents["tokenizer.json"]["added_tokens"][0]["id"] = end_of_text
+        contents["tokenizer.json"]["model"] |= {
+            "vocab": contents["vocab.json"], "merges": merges(config.vocab_size)}
+        tensors = {name: transposed(name, weight)
+                   for name, weight in model.state_dict().items()}
+        with reraise_as_input_error(f"{folder} could not be written", SafetensorError, OSError):
+            files = {name: json.dumps(content, ensure_ascii=False)
+                     for name, content in contents.items()}
+            files["merges.txt"] = "\n".join(["#version: 0.2", *merges(config.vocab_size), ""])
+            for name, text in files.items():
+                with open(os.path.join(folder, name), "w", encoding="utf-8",
+                          newline="\n") as file:
+                    file.write(text)
+            save_file(tensors, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
+
 if __name__ == "__main__":
     parser = start_script(__doc__)
-    parser.add_argument("source", nargs="?", help="a size or a folder")
-    parser.add_argument("--export", nargs=2, metavar=("CHECKPOINT", "FOLDER"), help="the way back")
-    parser.add_argument("--out", help="the checkpoint to write (default: models/NAME.pt)")
+    parser.add_argument("source", nargs="?", help="a size, a name on the hub, or a folder")
+    parser.add_argument("--export", nargs=2, metavar=("CHECKPOINT", "FOLDER"),
+                        help="write a checkpoint as a folder for other tools")
+    parser.add_argument("--out", type=os.path.expanduser,
+                        help="the checkpoint to write (default: models/NAME.pt)")
     args = parser.parse_args()
-    if "export" in args:
-        require(len(vars(args)) == 1, "--export takes a checkpoint and a folder alone")
+    raise_unless(bool(args.source) != bool(args.export), "give a size, a name or a folder, or "
+                 "--export with a checkpoint and a folder")
+    if args.export:
         export(*map(os.path.expanduser, args.export))
         print(f"wrote {args.export[1]}")
         sys.exit()
-    require("source" in args, "give a size, a folder, or --export; --help lists the flags")
     folder = os.path.expanduser(args.source)
     name = os.path.basename(os.path.abspath(folder))
-    if args.source in SIZES and not os.path.exists(folder):
-        folder = os.path.join("models", args.source)
-        name = f"gpt2-{args.source}"
-    out = os.path.expanduser(vars(args).get("out", os.path.join("models", f"{name}.pt")))
-    require(not os.path.exists(out), f"{out} exists: delete it, or name another file with --out")
-    if folder == os.path.join("models", args.source):
-        download(args.source, folder)
+    url = ""  # from where to download
+    if not os.path.exists(folder) and folder in SIZES:
+        url, names, name = f"{OPENAI_URL}/{name}", (HPARAMS, DATA), f"gpt2-{name}"
+    elif not os.path.exists(folder) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", folder):
+        url, names = f"{HUB_URL}/{folder}/resolve/main", ("config.json", "vocab.json", WEIGHTS)
+    out = args.out or os.path.join("models", f"{name}.pt")
+    raise_unless(not os.path.exists(out), f"{out} exists: delete it, or name another --out")
+    if url:
+        folder = os.path.join("models", folder)
+        download(url, names, folder)
     model = load_gpt2(folder)
-    require(model.config.vocab_size == GPTConfig.vocab_size, f"{folder} has another vocabulary")
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     save_checkpoint(out, model, step=0)
-    print(f"wrote {out}; try: python sample.py --checkpoint={out}")
+    # Weights in a wrong order would fit, but would not know English.
+    V = model.config.vocab_size
+    ids = torch.tensor([encode(SENTENCE, V)[: model.config.block_size + 1]])
+    loss = model(ids[:, :-1], ids[:, 1:]).item()
+    print(f"an English sentence costs {loss:.1f} nats a token; a blind guess {math.log(V):.1f}")
+    print(f"wrote {out}; try: " + command("sample.py", f"--checkpoint={out}"))

@@ -2,502 +2,577 @@
 
     python train.py --batch_size=2 --max_iters=150     the built-in story, in 4 GB of memory
     python train.py --data=my.txt --out_dir=my         your own text
-    python train.py --resume                           goes on from the last checkpoint
+    python train.py --resume                           continues from the last checkpoint
     torchrun --nproc_per_node=4 train.py ...           one run on four GPUs
 
-Read gpt.py first, then this file from top to bottom.
+The file is a script: it runs from its first line to its last, and each function stands
+where it is first needed. Read gpt.py first.
 """
 import argparse
-import contextlib
 import csv
+import dataclasses
 import datetime
 import functools
-import glob
 import hashlib
+import importlib.util
 import math
 import os
-import shlex
-import signal
 import sys
 import time
 
+import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from gpt import (DATA_DIR, DTYPES, END_OF_TEXT, GPT, GPTConfig, atomic_write, center_logits,
-                 choose_device, decode_utf8, encode, explain, generate, get_tokenizer,
-                 load_checkpoint, number, one_line, require, save_checkpoint, start_script,
-                 with_weights)
+from gpt import (
+    DATA_DIR, DTYPES, GPT, GPTConfig, atomic_write, catch_signals, center_logits, choose_device,
+    command, encode, generate, get_tokenizer, load_checkpoint, number,
+    raise_unless, read_text, reraise_as_input_error, save_checkpoint, show_progress,
+    start_script, text_files, token_bytes, with_weights)
 
-STORY = os.path.join(DATA_DIR, "story.txt")
-COLUMNS = ("iter", "tokens", "loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s")
-# torchrun tells each process how many there are, and its number among all and on its machine.
+# torchrun starts this script several times, usually once for each GPU. It tells each
+# process how many there are (WORLD_SIZE), which of them it is (RANK), and which it is
+# on its own machine (LOCAL_RANK). Without torchrun there is one process, number 0.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD_SIZE > 1 else 0
+if RANK > 0:
+    sys.stdout = open(os.devnull, "w")  # process 0 prints for all
 
-# ---- Flags ---------------------------------------------------------------------------------------
-def make_parser():
-    """Most flags are nanoGPT's; there, accumulation steps count those of all processes."""
-    parser = start_script(__doc__)
-    path = os.path.expanduser  # ~ is the home folder
-    count = number(int, 1)
-    flag = parser.add_argument_group("what to read and write").add_argument
-    flag("--data", type=path, default=STORY, help="text, folder of .txt, or .bin")
-    flag("--val_data", type=path, help="as --data (default: the last tenth of it)")
-    flag("--out_dir", type=path, default="out", help="where all results go")
-    flag("--resume", action="store_true", default=False, help="go on with the run in out_dir")
-    flag("--init_from", type=path, help="a checkpoint whose weights start a new run")
-    flag = parser.add_argument_group("model").add_argument
-    flag("--n_layer", type=count, default=12, help="transformer blocks")
-    flag("--n_head", type=count, default=12, help="attention heads in a block")
-    flag("--n_embd", type=count, default=768, help="embedding dimension")
-    flag("--block_size", type=count, default=256, help="context length, in tokens")
-    flag("--dropout", type=number(float, 0, 0.999), default=0.1, help="dropout probability")
-    flag = parser.add_argument_group("training").add_argument
-    flag("--max_iters", type=number(int, 0), default=150, help="steps, from the run's beginning")
-    flag("--batch_size", type=count, default=2, help="windows in a micro-batch")
-    flag("--gradient_accumulation_steps", type=count, default=1, help="micro-batches per process")
-    flag("--learning_rate", type=number(float, 1e-12), default=4e-4, help="the highest rate")
-    flag("--min_lr", type=number(float, 0), help="default: learning_rate / 10")
-    flag("--warmup_iters", type=number(int, 0), default=30, help="steps of linear warm-up")
-    flag("--lr_decay_iters", type=number(int, 0), help="default: the first max_iters")
-    flag("--weight_decay", type=number(float, 0), default=0.1, help="AdamW's weight decay")
-    # AdamW averages about 1 / (1 - beta) gradients: 5 for 0.8, which suits a short run, 10 for 0.9.
-    flag("--beta1", type=number(float, 0, 0.9999), default=0.8, help="AdamW's first beta")
-    flag("--beta2", type=number(float, 0, 0.9999), default=0.95, help="AdamW's second beta")
-    flag("--grad_clip", type=number(float, 0), default=1.0, help="gradient norm limit; 0: none")
-    flag("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="decides all that is random")
-    flag = parser.add_argument_group("evaluation").add_argument
-    flag("--eval_interval", type=count, default=30, help="steps between evaluations")
-    flag("--eval_windows", type=count, default=40, help="windows of each split to evaluate on")
-    flag("--log_interval", type=count, default=10, help="steps between printed lines")
-    flag("--start", default="Every effort moves you", help="the prompt of the samples")
-    flag = parser.add_argument_group("machine").add_argument
-    flag("--device", default="auto", help="cuda, mps or cpu; auto: the first found")
-    flag("--dtype", default="auto", choices=DTYPES, help="of matrix products; auto: the fastest")
-    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on cuda")
-    return parser
 
-def print0(*words, **options):
-    """print, on process 0. If the terminal or pipe has gone away, training goes on in silence."""
-    if RANK == 0:
-        try:
-            print(*words, **options)
-        except OSError:
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+# ---- 1. Settings ---------------------------------------------------------------------
 
-# ---- Text to tokens ------------------------------------------------------------------------------
-def read_text(files):
-    """Yields the text of the files in parts that encode to the same ids as the whole: it is cut
-    before white space only, and no token has white space after a visible character."""
-    rest = ""
-    for name in files:
-        if name != files[0]:
-            # As in GPT-2's training, it marks a new text. Attention can look across it.
-            rest += "<|endoftext|>"
-        with explain(f"{name} cannot be read; give --data=PATH", OSError), open(name, "rb") as file:
-            while data := b"".join(file.readlines(2**18)):  # whole lines, 256 kB or more
-                text = rest + decode_utf8(data, name, offset=file.tell() - len(data))
-                part = text.rstrip()
-                yield part
-                rest = text[len(part) :]
-    yield rest
 
-def write_tokens(path, kept, expected_hash):
-    """Encodes a text, or a folder of texts, into the file `kept`, as uint16 (up to 65,535)."""
-    files = sorted(glob.glob(os.path.join(glob.escape(path), "*.[tT][xX][tT]"))) or [path]
-    sha = hashlib.sha256()
-    with atomic_write(kept) as file:
-        for text in read_text(files):
-            tokens = np.array(encode(text, path), dtype=np.uint16)
-            sha.update(tokens)
-            file.write(tokens)
-            print0(f"{path}: {len(files)} file(s), {file.tell() // 2:,} tokens", end="\r")
-        print0()
-        require(file.tell() > 0, f"{path}: there is no text in it")
-        require(expected_hash in (None, sha.hexdigest()), f"{path} is not the text of this run")
+def real_path(path):
+    """Returns a path in full, so that ./x.txt and x.txt are known to be the same file."""
+    return os.path.realpath(os.path.expanduser(path))
 
-def load_tokens(flag, args, state):
-    """--data or --val_data -> its tokens (n,) uint16, mapped from a file, and their hash. A text's
-    tokens are kept in out_dir: a run goes on with them, whatever became of the text."""
+
+parser = start_script(__doc__)
+count, steps = number(int, 1), number(int, 0)
+rate, beta = number(float, 0), number(float, 0, 0.9999)
+
+files = parser.add_argument_group("what to read and write").add_argument
+files("--data", type=real_path, default=os.path.join(DATA_DIR, "story.txt"),
+      help="a text, a folder of .txt files, or a .bin file of uint16 token ids "
+           "(default: the built-in story)")
+files("--val_data", type=real_path,
+      help="another text to validate on (default: the last tenth of --data)")
+files("--out_dir", type=os.path.expanduser, default="out",
+      help="where all results go (default: %(default)s)")
+files("--resume", action="store_true", help="continue the run in out_dir with its flags")
+files("--init_from", type=os.path.expanduser,
+      help="a checkpoint whose weights a new run starts from")
+
+sizes = parser.add_argument_group("model").add_argument
+sizes("--vocab_size", type=number(int, 257, 50257), default=50257,
+      help="tokens: 256 bytes, GPT-2's first merges, <|endoftext|> (default: %(default)s)")
+sizes("--n_layer", type=count, default=12,
+      help="transformer blocks (default: %(default)s)")
+sizes("--n_head", type=count, default=12,
+      help="attention heads in each block (default: %(default)s)")
+sizes("--n_embd", type=count, default=768,
+      help="channels of each token (default: %(default)s)")
+sizes("--block_size", type=count, default=256,
+      help="tokens in a window, with --init_from at most those that the model can read "
+           "(default: %(default)s)")
+sizes("--dropout", type=number(float, 0, 0.999), default=0.1,
+      help="the probability that training sets a number to 0 (default: %(default)s)")
+
+training = parser.add_argument_group("training").add_argument
+training("--max_iters", type=steps, default=150,
+         help="steps of the whole run (default: %(default)s)")
+training("--batch_size", type=count, default=2,
+         help="windows in a micro-batch (default: %(default)s)")
+training("--gradient_accumulation_steps", type=count, default=1,
+         help="micro-batches of each process in a step; nanoGPT counts those of all "
+              "processes (default: %(default)s)")
+training("--learning_rate", type=number(float, 1e-12),
+         help="the highest rate (default: 4e-4 x 768 / n_embd)")
+training("--min_lr", type=rate, help="the last rate (default: learning_rate / 10)")
+training("--warmup_iters", type=steps, default=30,
+         help="steps in which the rate rises (default: %(default)s)")
+training("--lr_decay_iters", type=steps,
+         help="the step that reaches min_lr (default: max_iters)")
+training("--weight_decay", type=rate, default=0.1,
+         help="AdamW's weight decay (default: %(default)s)")
+training("--beta1", type=beta, default=0.8,
+         help="AdamW averages about 1 / (1 - beta1) gradients (default: %(default)s)")
+training("--beta2", type=beta, default=0.95,
+         help="and about 1 / (1 - beta2) squared gradients (default: %(default)s)")
+training("--grad_clip", type=rate, default=1.0,
+         help="the longest gradient that is not shortened; 0: any (default: %(default)s)")
+training("--seed", type=number(int, 0, 2**63 - 1), default=1337,
+         help="decides everything that is random (default: %(default)s)")
+
+evaluation = parser.add_argument_group("evaluation").add_argument
+evaluation("--eval_interval", type=count,
+           help="steps between evaluations, which also save (default: max_iters / 5)")
+evaluation("--eval_windows", type=count, default=40,
+           help="windows of each of the two texts to evaluate on (default: %(default)s)")
+evaluation("--log_interval", type=count, default=10,
+           help="steps between printed rows (default: %(default)s)")
+evaluation("--start", default="Every effort moves you",
+           help="the prompt of the samples (default: %(default)s)")
+
+machine = parser.add_argument_group("machine").add_argument
+machine("--device", default="auto",
+        help="cuda, mps or cpu (default: the first that is found)")
+machine("--dtype", default="auto", choices=DTYPES,
+        help="what matrix products are computed in; auto: the fastest here")
+machine("--compile", action=argparse.BooleanOptionalAction,
+        help="use torch.compile (default: on cuda, if triton is installed)")
+args = parser.parse_args()
+
+# ---- 2. The folder -------------------------------------------------------------------
+
+ckpt_path = os.path.join(args.out_dir, "ckpt.pt")
+best_path = os.path.join(args.out_dir, "best.pt")
+plot_path = os.path.join(args.out_dir, "loss.png")
+raise_unless(not args.resume or os.path.exists(ckpt_path), f"--resume: no {ckpt_path}")
+if RANK == 0:
+    # Two runs in one folder would overwrite each other's files. The lock is held while
+    # its name lives, and the system drops it when this process ends. (A second %run in
+    # a notebook has the singleton already.)
+    with reraise_as_input_error(
+            f"--out_dir={args.out_dir} is not writable, or another train.py uses it", OSError):
+        os.makedirs(args.out_dir, exist_ok=True)
+        lock = filelock.FileLock(os.path.join(args.out_dir, "lock"), timeout=0,
+                                 is_singleton=True).acquire()
+    raise_unless(args.resume or not os.path.exists(ckpt_path),
+                 f"{ckpt_path} holds a run: give --resume, another --out_dir, or delete it")
+
+# ---- 3. The model --------------------------------------------------------------------
+
+state = {}  # what ckpt.pt says about a run that continues
+if args.resume:
+    model, state = load_checkpoint(ckpt_path, verify=RANK == 0)
+    raise_unless("row" in state, f"{ckpt_path} holds no run to resume; --init_from starts one")
+    parser.set_defaults(**vars(model.config) | state["args"])
+elif args.init_from:
+    model, _ = load_checkpoint(args.init_from, verify=RANK == 0)
+    block_size = min(args.block_size, model.config.block_size)
+    parser.set_defaults(
+        **vars(model.config) | {"block_size": block_size, "dropout": args.dropout})
+else:
+    raise_unless(args.n_embd % args.n_head == 0,
+                 f"--n_embd={args.n_embd} is no multiple of --n_head={args.n_head}")
+    torch.manual_seed(args.seed)
+    model = GPT(GPTConfig(
+        **{name: getattr(args, name) for name in vars(GPTConfig())}))
+args = parser.parse_args()  # again, for a flag that was typed wins over the checkpoint's
+
+if args.resume or args.init_from:
+    for name, value in vars(model.config).items():
+        fits = name in ("block_size", "dropout") or getattr(args, name) == value
+        raise_unless(fits, f"--{name}={getattr(args, name)} does not fit the weights: {value}")
+    # A window may be shorter than the model's block_size: its other positions then
+    # stay.
+    raise_unless(args.block_size <= model.config.block_size,
+                 f"--block_size={args.block_size}: the model has {model.config.block_size}")
+    # A model with this run's dropout takes over the tensors, as float32.
+    config = dataclasses.replace(model.config, dropout=args.dropout)
+    model = with_weights(config, model.float().state_dict())
+
+# What was not typed follows from other flags. It is computed at each start, not saved.
+# The wider a model, the lower its best rate: about as 1 / n_embd.
+learning_rate = args.learning_rate or 4e-4 * 768 / model.config.n_embd
+min_lr = learning_rate / 10 if args.min_lr is None else args.min_lr
+lr_decay_iters = args.max_iters if args.lr_decay_iters is None else args.lr_decay_iters
+eval_interval = args.eval_interval or max(1, args.max_iters // 5)
+
+# ckpt.pt keeps the flags of the run, and --resume says which of them are others now.
+settings = {name: value for name, value in vars(args).items()
+            if name not in ("resume", "out_dir")}
+settings["processes"] = WORLD_SIZE
+if args.resume:
+    changes = [f"{name} {settings[name]} instead of {old}".replace("None", "its default")
+               for name, old in state["args"].items() if settings.get(name) != old]
+    print(f"from step {state['step']} on:", ", ".join(changes) or "the same flags")
+
+# ---- 4. The machine ------------------------------------------------------------------
+
+if args.device != "cpu" and torch.cuda.is_available():
+    torch.cuda.set_device(LOCAL_RANK)  # the GPU that "cuda" means from here on
+device, dtype = choose_device(args.device, args.dtype)
+if args.init_from and not state and dtype != torch.float32 and center_logits(model):
+    print(f"{args.init_from}: its logits are moved to around 0, for {dtype}")
+model.to(device)
+if sys.platform == "linux":
+    # glibc, Linux's C library, returns large buffers to the system as soon as they are
+    # free. The next step gets them back page by page, and the system clears each page
+    # first. On two CPU cores that makes a step of 124M take 1.6 times as long. With
+    # these settings glibc keeps up to 2 GB for the next step.
+    import ctypes
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffers beside the heap
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the free end of the heap
+if WORLD_SIZE > 1:
+    # The others wait while process 0 tokenizes a text, which may take hours.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                            timeout=datetime.timedelta(hours=12))
+
+
+def gather(value):
+    """Returns what all processes gave, a list, after each of them has called this."""
+    if WORLD_SIZE == 1:
+        return [value]
+    values = [None] * WORLD_SIZE
+    dist.all_gather_object(values, value)
+    return values
+
+
+# ---- 5. The text ---------------------------------------------------------------------
+
+
+def write_tokens(path, bin_path):
+    """Encodes the text at path into bin_path as uint16, two bytes a token."""
+    with atomic_write(bin_path) as file:
+        for text in read_text(path):
+            ids = encode(text, model.config.vocab_size)
+            file.write(np.array(ids, dtype=np.uint16))
+            show_progress(f"{file.tell() // 2:,} tokens")
+        raise_unless(file.tell() > 0, f"{path}: there is no text in it")
+
+
+def load_tokens(flag):
+    """Returns the tokens (n,) uint16 of --data or --val_data, mapped from a file.
+
+    A text's tokens are kept in out_dir. The run continues with them, whatever becomes
+    of the text. A .bin file, such as nanoGPT writes, has tokens already.
+    """
     path = getattr(args, flag)
-    is_bin = path.endswith(".bin")  # it has tokens already, as nanoGPT writes them
-    bin_path = path if is_bin else os.path.join(args.out_dir, f"{flag}.bin")
-    made = RANK > 0 or state.get("args", {}).get(flag) == path  # by process 0 or earlier
-    if not is_bin and not (made and os.path.exists(bin_path)):
-        write_tokens(path, bin_path, state.get(f"{flag}_hash"))
-    with explain(f"{bin_path} cannot be read as GPT-2's tokens in uint16", OSError, ValueError):
+    bin_path = path if path.endswith(".bin") else os.path.join(args.out_dir, f"{flag}.bin")
+    known = state["hashes"].get(path) if state else None  # of this run's tokens
+    if RANK == 0 and path != bin_path:
+        if not known or not os.path.exists(bin_path):
+            write_tokens(path, bin_path)
+        dates = [os.path.getmtime(name) for name in text_files(path)
+                 if os.path.exists(name)]
+        if max(dates, default=0) > os.path.getmtime(bin_path):
+            print(f"{path} has changed; the run continues with the tokens in {bin_path}")
+    gather(None)  # the others wait here until process 0 has made the file
+    V = model.config.vocab_size
+    with reraise_as_input_error(f"{bin_path} holds no uint16 tokens", OSError, ValueError):
         tokens = np.memmap(bin_path, dtype=np.uint16, mode="r")
-        if is_bin:
-            require(tokens[:3].tobytes() != b"\x93NUMPY", "it is a .npy file")
-            require(tokens[1:99:2].any(), "its integers are wider")  # upper halves are 0
-            largest = tokens.max()
-            # Ids up to 255 are single bytes. A text of more than a few words has others.
-            require(255 < largest <= END_OF_TEXT, f"its largest id is {largest}, not 256 to 50256")
-    return tokens, hashlib.sha256(tokens).hexdigest()
+        # The upper half of each 32-bit integer would be 0. Ids below 256 are bytes,
+        # and a text of more than a few words has others, unless the vocabulary has
+        # none.
+        raise_unless(len(tokens) < 9 or tokens[1:99:2].any(), "its integers are wider")
+        raise_unless(path != bin_path or min(256, V - 257) <= tokens.max() < V,
+                     f"its largest id is {tokens.max()}, and vocab_size is {V}")
+    digest = hashlib.sha256(tokens).hexdigest()
+    raise_unless(known in (None, digest), f"{path} is not the text of this run, or {bin_path} "
+                 "is damaged; if it is, delete it")
+    raise_unless(len(set(gather(digest))) == 1, "the processes read different tokens; several "
+                 "machines need a shared --out_dir, or the same .bin file on each of them")
+    hashes[path] = digest
+    return tokens
 
-# ---- Windows, schedule, step, evaluation ---------------------------------------------------------
-def windows_in(tokens, args, purpose):
-    """tokens (n,) -> a view of their windows (n_windows, block_size + 1). Says how many there are.
-    Two neighbours share one token: the last of a window is a target only."""
-    T = args.block_size
-    n = len(tokens)
-    require(n > T, f"--block_size={T}: {n} tokens to {purpose} allow at most {max(n - 1, 0)}")
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, T + 1)[::T]
-    print0(f"{n:,} tokens to {purpose}: {len(windows):,} windows of {T}, of which "
-           f"{min(len(windows), args.eval_windows)} are evaluated")
-    return windows
+
+hashes = {}  # {path of a text: the hash of its tokens}, which ckpt.pt keeps
+train_tokens = load_tokens("data")
+if args.val_data:
+    val_tokens = load_tokens("val_data")
+    trained_on = set(map(os.path.realpath, text_files(args.data)))
+    raise_unless(trained_on.isdisjoint(map(os.path.realpath, text_files(args.val_data))),
+                 f"--val_data={args.val_data} is part of --data; validate on another text")
+else:
+    train_tokens, val_tokens = np.split(train_tokens, [len(train_tokens) * 9 // 10])
+T = args.block_size
+for part, purpose in ((val_tokens, "validate on"), (train_tokens, "train on")):
+    raise_unless(len(part) > T, f"--block_size={T}: the {len(part)} tokens to {purpose} "
+                 f"allow at most {max(len(part) - 1, 0)}")
+print(f"{os.path.basename(args.data)}: {len(train_tokens):,} tokens to train on, "
+       f"{len(val_tokens):,} to validate on")
+
+# ---- 6. The optimizer ----------------------------------------------------------------
+
+# AdamW (Loshchilov and Hutter, 2019) keeps two averages for each weight: of its
+# gradients and of their squares. A step moves the weight by the first divided by the
+# root of the second, times the learning rate, so all weights move about equally far.
+# Weight decay then shrinks each matrix and embedding by learning rate x weight_decay,
+# so a weight that no longer helps fades away. Biases and gains are few and need no
+# decay. To train a group at another rate, give it an "lr_scale".
+matrices = [p for p in model.parameters() if p.dim() >= 2]
+others = [p for p in model.parameters() if p.dim() < 2]
+optimizer = torch.optim.AdamW(
+    [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
+    betas=(args.beta1, args.beta2), weight_decay=args.weight_decay, fused=True)
+# Gradients below 6e-8 would be 0 in float16. The scaler multiplies the loss by a large
+# number, which makes all gradients larger, and divides them by it before they are
+# used.
+scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+# autocast computes matrix products, and what follows them directly, in dtype. Weights,
+# gradients, the sums x between the blocks, LayerNorm and the loss stay in float32.
+autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+if args.resume:
+    averages = state.pop("optimizer")["state"]  # its other half are flags of before
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": averages})
+    if state["scaler"]:  # it is empty if the run was not in float16
+        scaler.load_state_dict(state["scaler"])
+if args.compile is None:
+    args.compile = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+# Both wrappers train the weights of model itself. DDP averages gradients over
+# processes.
+wrapped = torch.compile(model) if args.compile else model
+if WORLD_SIZE > 1:
+    wrapped = torch.nn.parallel.DistributedDataParallel(wrapped)
+print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}; a blind "
+      f"guess costs ln(vocab_size) = {math.log(model.config.vocab_size):.4f} nats a token")
+
+# ---- 7. Schedule, batch, evaluation --------------------------------------------------
+
+
+def get_lr(step):
+    """Returns the learning rate of a step, counted from 0.
+
+    It rises in a straight line, since AdamW's averages rest on few gradients at first.
+    Then it falls along half a cosine to min_lr, with which the weights settle in a
+    minimum.
+    """
+    if step >= lr_decay_iters:
+        return min_lr
+    if step < args.warmup_iters:
+        return learning_rate * (step + 1) / args.warmup_iters
+    progress = (step - args.warmup_iters) / (lr_decay_iters - args.warmup_iters)
+    return min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
 
 @functools.lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
-def shuffled(n_windows, seed, epoch):
-    """The order in which an epoch, one pass over the text, reads the windows."""
-    return np.random.default_rng((seed, epoch)).permutation(n_windows)
+def epoch_starts(epoch):
+    """Returns where the windows of an epoch begin, in the order in which they are read.
 
-def window_indices(step, micro_step, args, n_windows):
-    """The indices of the batch_size windows of a micro-batch of a step. They follow from the
-    arguments alone: a resumed run reads what it would have read. An epoch reads each window once,
-    in an order of its own. Windows drawn independently would leave some out."""
-    first = step * args.windows_per_step + micro_step * args.batch_size  # windows read before these
-    return [shuffled(n_windows, args.seed, i // n_windows)[i % n_windows]
+    An epoch is one pass over the text, in windows of T tokens that lie side by side.
+    Each epoch shifts them by an offset of its own. Otherwise a token would have the
+    same position and the same few tokens before it in every epoch.
+    """
+    rng = np.random.default_rng((args.seed, epoch))
+    n_windows = max(1, len(train_tokens) // T - 1)
+    spare = len(train_tokens) - 1 - n_windows * T  # tokens that no window needs
+    offset = rng.integers(min(spare + 1, T))
+    return offset + rng.permutation(n_windows) * T
+
+
+def train_starts(step, micro_step):
+    """Returns where the batch_size windows of a micro-batch of a step begin.
+
+    They follow from the flags and these two numbers, so a resumed run reads what it
+    would have read. (NumPy may draw other numbers in another version: keep it within a
+    run.)
+    """
+    micro_batches = args.gradient_accumulation_steps * WORLD_SIZE  # in a step
+    first = (step * micro_batches + micro_step) * args.batch_size
+    n_windows = len(epoch_starts(0))
+    return [epoch_starts(i // n_windows)[i % n_windows]
             for i in range(first, first + args.batch_size)]
 
-def loss_on(windows, model, args):
-    """The model's mean loss on windows (B, T + 1), a scalar. Matrix products are computed in
-    args.dtype. Weights, gradients, the x between blocks, LayerNorm and the loss stay float32."""
-    device = next(model.parameters()).device
-    tokens = torch.from_numpy(windows.astype(np.int64)).to(device)  # (B, T + 1)
-    with torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"):
-        return model(tokens[:, :-1], tokens[:, 1:])  # a token's target is the token after it
 
-def get_lr(step, args):
-    """The rate of a step, counted from 0: a linear warm-up, since AdamW's averages rest on few
-    gradients at first, then half a cosine down to min_lr, to settle into a minimum."""
-    if step >= args.lr_decay_iters:
-        return args.min_lr
-    if step < args.warmup_iters:
-        return args.learning_rate * (step + 1) / args.warmup_iters
-    progress = (step - args.warmup_iters) / (args.lr_decay_iters - args.warmup_iters)
-    return args.min_lr + (args.learning_rate - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+def eval_starts(tokens):
+    """Returns where the evaluated windows begin: always the same, spread over the tokens."""
+    n_windows = (len(tokens) - 1) // T
+    n = min(n_windows, args.eval_windows)
+    return [i * n_windows // n * T for i in range(n)]
 
-def train_step(step, model, windows, optimizer, scaler, args):
-    """One step of AdamW -> the mean loss of this process's windows, and the gradient norm. float16
-    has nothing between 0 and 6e-8, so the scaler multiplies the loss, and with it all gradients, by
-    a large number, and divides the gradients by it before they are used."""
-    for group in optimizer.param_groups:
-        group["lr"] = get_lr(step, args)
-    loss = 0.0
-    for i in range(args.gradient_accumulation_steps):
-        micro_step = i * WORLD_SIZE + RANK  # the micro-batch's number among all of the step
-        # The seed of dropout, too, depends on seed, step and micro_step alone.
-        seed = np.random.default_rng((args.seed, step, micro_step)).integers(2**63)
-        torch.manual_seed(int(seed))
-        if WORLD_SIZE > 1:  # average gradients over processes only after the last
-            model.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
-        batch = windows[window_indices(step, micro_step, args, len(windows))]  # (B, T + 1)
-        # Each mean, divided by their number: the sum is then the mean of one large batch.
-        micro_loss = loss_on(batch, model, args) / args.gradient_accumulation_steps
-        scaler.scale(micro_loss).backward()
-        loss += micro_loss.detach()
-    scaler.unscale_(optimizer)
-    # Clip, so that one odd batch cannot throw the weights far. The norm is from before the clip.
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-    return loss.item(), grad_norm.item()
 
-def sum_over_processes(*values):
-    """Adds up each of the values, Python numbers, over all processes."""
-    if WORLD_SIZE == 1:
-        return values
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
+def get_batch(tokens, starts):
+    """Returns inputs and targets, (B, T) int64 each: a target is the token after its input."""
+    windows = np.stack([tokens[start : start + T + 1] for start in starts])  # (B, T + 1)
+    windows = torch.from_numpy(windows.astype(np.int64)).to(device)
+    return windows[:, :-1], windows[:, 1:]
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop."""
+
+
+def stop_if_asked():
+    """Raises Interrupted in all processes at once, if one of them has caught a signal."""
+    if any(gather(len(caught))):
+        raise Interrupted
+
 
 @torch.no_grad()
-def evaluate(model, windows, args):
-    """The mean loss, in nats a token, on eval_windows of the windows, spread evenly over the text.
-    They are always the same, and no random number is drawn."""
-    n = min(len(windows), args.eval_windows)
-    indices = [i * len(windows) // n for i in range(n)][RANK::WORLD_SIZE]  # this process's share
+def evaluate(tokens):
+    """Returns the mean loss in nats a token, without dropout, on the evaluated windows.
+
+    No random number is drawn, so evaluating more or less often does not change a run.
+    """
+    model.eval()
+    starts = eval_starts(tokens)
+    B = args.batch_size
     total = 0.0
-    for start in range(0, len(indices), args.batch_size):
-        batch = windows[indices[start : start + args.batch_size]]  # (B, T + 1)
-        total += loss_on(batch, model, args).item() * len(batch)
-    return sum_over_processes(total)[0] / n
+    for first in range(0, len(starts), B * WORLD_SIZE):
+        stop_if_asked()
+        mine = starts[first + RANK * B :][:B]  # of this process
+        if mine:
+            inputs, targets = get_batch(tokens, mine)
+            with autocast:
+                total += model(inputs, targets).item() * len(mine)
+    return sum(gather(total)) / len(starts)
 
-# ---- The system, reports, the start --------------------------------------------------------------
-def lock_folder(folder):
-    """Only one run may write to a folder. The system drops the lock when this process ends."""
-    import filelock
-    os.makedirs(folder, exist_ok=True)
-    lock = filelock.FileLock(os.path.join(folder, "lock"), timeout=0, is_singleton=True)
-    with explain(f"--out_dir={folder}: another train.py is using it", filelock.Timeout):
-        return lock.acquire()  # is_singleton: the second %run in a notebook has it already
 
-def catch_signals():
-    """-> a list that gets the signals which ask this process to end. The first ends the training
-    after the step. The same signal again ends the process at once."""
-    caught = []
-    def finish(signum, _):
-        caught.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-        if RANK == 0:
-            with contextlib.suppress(OSError):  # os.write, for the signal may interrupt a print
-                os.write(2, b"finishing the step, then saving; once more ends it without saving\n")
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        signum = getattr(signal, name, None)  # Windows has no SIGHUP
-        if signum and signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(signum, finish)
-    return caught
+# A loss in nats a token cannot be compared between vocabularies, because a longer
+# token says more. Bits a byte can be: they count what each byte of the text costs.
+bytes_of = np.array(token_bytes(model.config.vocab_size))  # (V,)
+targets = [val_tokens[start + 1 : start + T + 1] for start in eval_starts(val_tokens)]
+bytes_per_token = bytes_of[np.stack(targets)].mean().item()
 
-def keep_freed_memory():
-    """glibc gives large freed buffers back to the system, and the next step pays a page fault for
-    each 4 kB of them. With these settings glibc keeps them."""
-    import ctypes
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large buffers come from the heap
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap keeps 2 GB
+# ---- 8. The loop ---------------------------------------------------------------------
 
-def peak_memory(device):
-    """The most memory that this process has held, in GB: on cuda the GPU's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if os.name == "nt":
-        return math.nan
-    import resource  # Windows has none
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
-def record(row, log_csv, tokens_left):
-    """Writes a row of the log, then prints it, with the time left at this step's speed."""
-    log_csv.writerow(row)
-    line = [f"{name} {value:.6g}" for name, value in row.items() if name != "tokens"]
-    if "val_loss" in row:
-        line.append(f"val_perplexity {math.exp(min(row['val_loss'], 700)):.6g}")
-    if "tokens_per_s" in row:
-        line.append(f"{tokens_left / row['tokens_per_s'] / 60:.1f} min left")
-    print0(" | ".join(line))
+def save_run():
+    """Writes ckpt.pt, from which --resume continues.
 
-def stop_unless_finite(row, saved_at, scaler, args):
-    """Ends the script with status 1 if a number of row is not finite. ckpt.pt stays as it was."""
-    bad = [name for name, value in row.items() if not math.isfinite(value)]
-    # When float16 overflows, the scaler skips the step and halves its factor. Below 1, give up.
-    if not bad or (bad == ["grad_norm"] and scaler.is_enabled() and scaler.get_scale() >= 1):
-        return
-    cure = ""
-    if saved_at >= 0:
-        path = os.path.join(args.out_dir, "ckpt.pt")
-        flags = (f"--init_from={path}", f"--data={args.data}", f"--val_data={args.val_data}",
-                 f"--block_size={args.block_size}", f"--learning_rate={args.learning_rate / 4:.1e}",
-                 "--out_dir=NEW")
-        cure = f". {path} still has step {saved_at}: python train.py {shlex.join(flags)}"
-    print0(f"train.py: error: {bad[0]} is {row[bad[0]]} at step {row['iter']} (learning rate "
-           f"{row.get('lr', 0):.1e}, {args.dtype}){cure}", file=sys.__stderr__)
-    sys.exit(1)
+    AdamW's two averages for each weight make it three times as large as the weights.
+    """
+    if RANK == 0:
+        save_checkpoint(ckpt_path, model, step=step, row=row, log=log, best=best,
+                        args=settings, hashes=hashes, val_loss=row.get("val_loss"),
+                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
-def show_sample(model, args):
-    """Prints 40 tokens that the model writes after --start."""
-    ids = encode(args.start) or [END_OF_TEXT]
-    prompt = torch.tensor([ids], device=model.wte.weight.device)
-    tokens = generate(model, prompt, 40, temperature=0.8, top_k=50,
-                      generator=torch.Generator().manual_seed(args.seed))
-    text = get_tokenizer().decode([token.item() for token in tokens])
-    print0("sample: " + (args.start + text).replace("\n", " "))
 
-def plot(log, tokens_per_step, path):
-    """Draws the losses in log over steps and tokens seen, with perplexity, exp(loss), at right."""
+def plot(log):
+    """Draws the losses over steps and tokens, with perplexity, exp(loss), on the right."""
+    from matplotlib.figure import Figure
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    for name in ("loss", "train_loss", "val_loss"):
+        rows = [row for row in log if name in row]
+        steps = [row["iter"] for row in rows]
+        axes.plot(steps, [row[name] for row in rows], ".-", label=name)
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.legend()
+    right = axes.secondary_yaxis("right", functions=(np.exp, np.log))
+    right.set(yscale="log", ylabel="perplexity")
+    figure.savefig(plot_path)
+
+
+step = state.get("step", 0)
+saved_at = state.get("step", -1)  # the step that ckpt.pt holds
+row = state.get("row", {"iter": 0, "tokens": 0})  # what the log says about the last step
+log = state.get("log", [])  # such rows; a resumed run makes those after the checkpoint again
+best = state.get("best", {"step": 0, "val_loss": math.inf})
+columns = ("iter", "tokens", "loss", "train_loss", "val_loss", "val_bits_per_byte", "lr",
+           "grad_norm", "tokens_per_s")
+log_path = os.path.join(args.out_dir, "log.csv") if RANK == 0 else os.devnull
+log_csv = csv.DictWriter(open(log_path, "w", encoding="utf-8", newline="", buffering=1),
+                         columns, lineterminator="\n")
+log_csv.writeheader()
+log_csv.writerows(log)
+tokenizer = get_tokenizer(model.config.vocab_size)
+prompt = encode(args.start, model.config.vocab_size) or [model.config.vocab_size - 1]
+first_step, started = step, time.perf_counter()
+interrupted = False
+with catch_signals() as caught:
     try:
-        from matplotlib.figure import Figure
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.subplots()
-        for name, style in (("loss", "C7-"), ("train_loss", "C0o-"), ("val_loss", "C1o-")):
-            rows = [row for row in log if name in row]
-            axes.plot([row["iter"] for row in rows], [row[name] for row in rows], style, label=name)
-        axes.set(xlabel="step", ylabel="loss (nats per token)")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        axes.twinx().set(yscale="log", ylim=np.exp(axes.get_ylim()), ylabel="perplexity")
-        axes.twiny().set(xlim=np.multiply(axes.get_xlim(), tokens_per_step), xlabel="tokens seen")
-        figure.savefig(path, dpi=110)
-    except Exception as error:  # a picture is not worth a run
-        print0(f"warning: no {path}: {one_line(error)}")
+        while True:
+            # Here `step` steps are done. Evaluate and save, if it is time. A resumed
+            # run does not, if that was done before ckpt.pt was written.
+            is_new = not log or log[-1]["iter"] < step
+            is_last = step >= args.max_iters
+            evaluating = is_new and (is_last or step % eval_interval == 0)
+            if evaluating:
+                row["train_loss"], row["val_loss"] = map(evaluate, (train_tokens, val_tokens))
+                row["val_bits_per_byte"] = row["val_loss"] / math.log(2) / bytes_per_token
 
-# --resume may change these, if windows_per_step stays. A new batch_size changes dropout.
-MAY_CHANGE = ("data", "val_data", "resume", "max_iters", "lr_decay_iters", "batch_size",
-              "gradient_accumulation_steps", "eval_interval", "eval_windows", "log_interval",
-              "start", "device", "dtype", "compile")
+            # Stop at a number that is not finite. In float16 that is a gradient now
+            # and then: the scaler leaves out the step and takes a smaller factor.
+            bad = [name for name, value in row.items() if not math.isfinite(value)]
+            if bad and not (scaler.is_enabled() and bad == ["grad_norm"]):
+                print(f"train.py: error: {bad[0]} is {row[bad[0]]} at step {step}; {ckpt_path} "
+                      f"still has step {saved_at}; a lower --learning_rate may help",
+                      file=sys.__stderr__, flush=True)
+                sys.exit(1)
 
-def init_run(parser, args, ckpt_path):
-    """-> args, with defaults from the checkpoint that they name, if any; the GPT to train; and the
-    state of the run that goes on, or {}."""
-    require(not (args.resume and "init_from" in args), "--resume excludes --init_from")
-    source = ckpt_path if args.resume else vars(args).get("init_from")
-    saved = {}  # {flag: value} that the checkpoint decides, unless the flag is typed
-    if source:
-        model, state = load_checkpoint(source, verify=True)
-        saved = dict(vars(model.config))
-    if args.resume:
-        require("data_hash" in state, f"{source} holds no run to resume; --init_from starts one")
-        saved |= state["args"] | {"out_dir": args.out_dir}  # it may have moved
-    elif source:
-        saved["block_size"] = min(saved["block_size"], args.block_size)
-        del saved["dropout"]  # a new run has its own
-    args = parser.parse_args(namespace=argparse.Namespace(**saved))  # typed flags win over saved
-    vars(args).setdefault("val_data", "")
-    vars(args).setdefault("min_lr", args.learning_rate / 10)
-    vars(args).setdefault("lr_decay_iters", args.max_iters)
-    args.windows_per_step = args.batch_size * args.gradient_accumulation_steps * WORLD_SIZE
-    changed = [f"{name}={getattr(args, name)} instead of {value}" for name, value in saved.items()
-               if name not in MAY_CHANGE and getattr(args, name) != value]
-    cure = "start a new run for other flags; --init_from keeps the model's sizes"
-    if any(change.startswith("windows_per_step") for change in changed):
-        cure = "windows_per_step is batch_size x gradient_accumulation_steps x processes"
-    require(not changed, f"{source} cannot go on with {', '.join(changed)}; {cure}")
-    require(args.n_embd % args.n_head == 0, f"n_head={args.n_head} does not divide {args.n_embd}")
-    require(args.min_lr <= args.learning_rate, f"--min_lr={args.min_lr} is above --learning_rate")
-    config = GPTConfig(**{k: v for k, v in vars(args).items() if k in vars(GPTConfig())})
-    if not source:
-        torch.manual_seed(args.seed)
-        model = GPT(config)
-    elif not args.resume:
-        whole = model.config.block_size
-        weights = model.state_dict()
-        weights["wpe.weight"] = weights["wpe.weight"][: args.block_size].clone()  # frees the rest
-        model = with_weights(config, weights).float()
-        center_logits(model)
-        if args.block_size < whole:
-            print0(f"the first {args.block_size} positions stay; --block_size={whole} keeps all")
-    return args, model, (state if args.resume else {})
-
-# ---- The script ----------------------------------------------------------------------------------
-if __name__ == "__main__":
-    parser = make_parser()
-    args = parser.parse_args()
-    ckpt_path, best_path, log_path, plot_path = (
-        os.path.join(args.out_dir, name) for name in ("ckpt.pt", "best.pt", "log.csv", "loss.png"))
-    require(not args.resume or os.path.exists(ckpt_path), f"--resume: {ckpt_path} is not there")
-    if RANK == 0:
-        lock = lock_folder(args.out_dir)  # held as long as the name lives
-    require(args.resume or not os.path.exists(ckpt_path),
-            f"{ckpt_path} holds a run: give --resume, another --out_dir, or delete it")
-    args, model, state = init_run(parser, args, ckpt_path)
-
-    if WORLD_SIZE > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available():
-        require(LOCAL_RANK < torch.cuda.device_count(), "--nproc_per_node exceeds the GPUs here")
-        torch.cuda.set_device(LOCAL_RANK)  # the one that "cuda" means from here on
-    device, dtype = choose_device(args.device, args.dtype)
-    args.dtype = str(dtype).removeprefix("torch.")
-    keep_freed_memory()
-    model.to(device)
-
-    # Process 0 makes the tokens files. The others wait at the barrier.
-    if WORLD_SIZE > 1:
-        with explain("WORLD_SIZE is set, but not by torchrun: unset it", ValueError):
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                    timeout=datetime.timedelta(hours=12))  # to tokenize a long text
-    if RANK > 0:
-        dist.barrier()
-    tokens, data_hash = load_tokens("data", args, state)
-    train_tokens, val_tokens = np.split(tokens, [len(tokens) * 9 // 10])
-    val_hash = ""
-    if args.val_data:
-        train_tokens = tokens
-        val_tokens, val_hash = load_tokens("val_data", args, state)
-    if WORLD_SIZE > 1 and RANK == 0:
-        dist.barrier()
-    require(not state or [state["data_hash"], state["val_data_hash"]] == [data_hash, val_hash],
-            f"a text is not this run's, or a .bin in {args.out_dir} is damaged: delete it")
-    val_windows = windows_in(val_tokens, args, "validate")  # first: usually the shorter one
-    train_windows = windows_in(train_tokens, args, "train on")
-    tokens_per_step = args.windows_per_step * args.block_size
-    print0(f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {args.dtype}, "
-           f"{tokens_per_step:,} tokens a step")
-
-    # AdamW (Loshchilov and Hutter, 2019) moves a weight by lr times its averaged gradient over the
-    # root of its averaged squared gradient. It takes lr * weight_decay of each matrix and embedding
-    # away, so that none grows without need. Biases and gains are left alone, as usual.
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in model.parameters() if p.dim() >= 2]},
-         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
-        betas=(args.beta1, args.beta2), weight_decay=args.weight_decay, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if args.resume:
-        optimizer.load_state_dict(state.pop("optimizer"))  # pop gives its memory back
-        if state["scaler"]:  # it is empty if the run had another dtype
-            scaler.load_state_dict(state["scaler"])
-        print0(f"going on from step {state['step']}")
-    # DDP averages gradients over processes. It and torch.compile train the weights of model itself.
-    wrapped = torch.compile(model) if getattr(args, "compile", device.type == "cuda") else model
-    if WORLD_SIZE > 1:
-        wrapped = torch.nn.parallel.DistributedDataParallel(wrapped)
-
-    step = state.get("step", 0)
-    saved_at = state.get("step", -1)  # the step that ckpt.pt has, or -1
-    best = state.get("best", {"step": 0, "val_loss": math.inf})
-    log = state.get("log", [])  # rows up to the checkpoint; a resumed run repeats the later steps
-    if RANK == 0:
-        log_file = open(log_path, "w", encoding="utf-8", newline="", buffering=1)
-        log_csv = csv.DictWriter(log_file, COLUMNS, lineterminator="\n")
-        log_csv.writeheader()
-        log_csv.writerows(log)
-    if args.warmup_iters >= args.lr_decay_iters > step:
-        print0("--warmup_iters reaches lr_decay_iters, where the rate drops to min_lr")
-    print0(f"a blind guess costs a loss of {math.log(model.config.vocab_size):.4f}, ln(vocab_size)")
-
-    caught = catch_signals()
-    stop = False
-    row = {"iter": 0, "tokens": 0}  # the last step's row of the log, made at the loop's end
-    while True:
-        # 1. After `step` steps: evaluate, log, save. For ckpt.pt's own step that is done.
-        is_new = step > saved_at
-        evaluating = is_new and (step % args.eval_interval == 0 or step == args.max_iters)
-        model.eval()  # no dropout
-        if evaluating:
-            for name, windows in (("train_loss", train_windows), ("val_loss", val_windows)):
-                row[name] = evaluate(model, windows, args)
-        stop_unless_finite(row, saved_at, scaler, args)
-        if RANK == 0:
             if evaluating or (is_new and step % args.log_interval == 0):
                 log.append(row)
-                record(row, log_csv, (args.max_iters - step) * tokens_per_step)
-            if evaluating and row["val_loss"] < best["val_loss"]:
-                # A model that learns a text by heart gets worse on others. best.pt is from before.
-                best = {"step": step, "val_loss": row["val_loss"]}
-                save_checkpoint(best_path, model, **best)
-            if evaluating or stop:
-                # AdamW's two averages for each weight make ckpt.pt three times as large.
-                save_checkpoint(ckpt_path, model, optimizer=optimizer.state_dict(), log=log,
-                                scaler=scaler.state_dict(), args=vars(args), data_hash=data_hash,
-                                val_data_hash=val_hash, best=best, step=step,
-                                val_loss=row.get("val_loss"))
-                saved_at = step
-            if evaluating:
-                plot(log, tokens_per_step, plot_path)
-                show_sample(model, args)
-        if stop or step >= args.max_iters:
-            break
-        # 2. One more step.
-        model.train()
-        step_started = time.perf_counter()
-        loss, grad_norm = train_step(step, wrapped, train_windows, optimizer, scaler, args)
-        step += 1
-        loss, signals = sum_over_processes(loss / WORLD_SIZE, len(caught))
-        stop = signals > 0
-        speed = tokens_per_step / (time.perf_counter() - step_started)
-        row = {"iter": step, "tokens": step * tokens_per_step, "loss": loss,
-               "lr": get_lr(step - 1, args), "grad_norm": grad_norm, "tokens_per_s": speed}
+                log_csv.writerow(row)
+                line = [f"{name} {value:.5g}" for name, value in row.items()
+                        if name not in ("iter", "tokens")]
+                if evaluating:
+                    line.append(f"val_perplexity {math.exp(min(row['val_loss'], 700)):.5g}")
+                if step > first_step:
+                    seconds = (time.perf_counter() - started) / (step - first_step)
+                    line.append(f"{seconds * (args.max_iters - step) / 60:.1f} min left")
+                print(" | ".join([f"iter {step}", *line]))
 
-    if WORLD_SIZE > 1:
-        dist.barrier()  # process 0 may still be saving, and a process that leaves early may crash
-        dist.destroy_process_group()
-    if stop and step < args.max_iters:
-        print0(f"stopped and saved at step {step}; go on with --resume --out_dir={args.out_dir}")
-        sys.exit(128 + (caught[0] if caught else signal.SIGTERM))  # the status that shells expect
-    print0(f"{ckpt_path} has step {step}; --resume --max_iters=N --out_dir={args.out_dir} goes on")
-    print0(f"{best_path} has the best val_loss, {best['val_loss']:.4f}, of step {best['step']}")
-    print0(f"see {plot_path}; peak memory {peak_memory(device):.1f} GB")
-    print0(f"next: python sample.py --checkpoint={ckpt_path} --start {shlex.quote(args.start)}")
+            if evaluating and RANK == 0:
+                try:
+                    if row["val_loss"] < best["val_loss"]:
+                        # A model that learns its text by heart gets worse on other
+                        # texts. best.pt keeps the weights from before that.
+                        save_checkpoint(best_path, model, step=step, val_loss=row["val_loss"])
+                        best = {"step": step, "val_loss": row["val_loss"]}
+                    save_run()
+                    saved_at = step
+                    plot(log)
+                except Exception as error:  # such as a full disk
+                    if saved_at < step and (is_last or saved_at < 0):
+                        raise
+                    print(f"warning: {error}; the run continues")
+                ids = generate(model, torch.tensor([prompt], device=device), 40, temperature=0.8,
+                               top_k=50, generator=torch.Generator().manual_seed(args.seed))
+                text = args.start + tokenizer.decode([token.item() for token in ids])
+                print("sample: " + text.replace("\n", " "))
+            if is_last:
+                break
+
+            # One more step.
+            model.train()  # with dropout
+            step_started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = get_lr(step) * group.get("lr_scale", 1)
+            loss = 0.0
+            for i in range(args.gradient_accumulation_steps):
+                stop_if_asked()
+                micro_step = i * WORLD_SIZE + RANK  # counted over all processes
+                # Dropout, too, depends on the flags and these numbers alone.
+                seed = np.random.default_rng((args.seed, step, micro_step)).integers(2**63)
+                torch.manual_seed(int(seed))
+                # Let DDP average the gradients only after the last micro-batch.
+                wrapped.require_backward_grad_sync = (
+                    i == args.gradient_accumulation_steps - 1)
+                inputs, targets = get_batch(train_tokens, train_starts(step, micro_step))
+                with autocast:
+                    micro_loss = wrapped(inputs, targets) / args.gradient_accumulation_steps
+                # backward adds the slope of the loss by each weight to that weight's
+                # gradient. After all micro-batches it is that of their mean loss.
+                scaler.scale(micro_loss).backward()
+                loss += micro_loss.detach()
+            scaler.unscale_(optimizer)
+            # Shorten a long gradient, so that one odd batch cannot throw the weights
+            # far.
+            grad_norm = torch.nn.utils.clip_grad_norm_(
+                model.parameters(), args.grad_clip or math.inf)
+            scaler.step(optimizer)  # AdamW moves the weights
+            scaler.update()
+            optimizer.zero_grad()
+            step += 1
+            n_tokens = args.batch_size * args.gradient_accumulation_steps * WORLD_SIZE * T
+            row = {"iter": step, "tokens": row["tokens"] + n_tokens,
+                   "loss": sum(gather(loss.item())) / WORLD_SIZE, "lr": get_lr(step - 1),
+                   "grad_norm": grad_norm.item(),
+                   "tokens_per_s": n_tokens / (time.perf_counter() - step_started)}
+    except Interrupted:
+        # Half a step or half an evaluation is given up. The last whole step is saved.
+        interrupted = True
+        if saved_at < step:
+            save_run()
+
+# ---- 9. What next --------------------------------------------------------------------
+
+if WORLD_SIZE > 1:
+    dist.barrier()  # process 0 may still be saving, and must not lose the others
+    dist.destroy_process_group()
+resume = command("train.py", "--resume", f"--out_dir={args.out_dir}")
+if interrupted:
+    print(f"stopped; {ckpt_path} has step {step}; {resume} continues")
+    sys.exit(128 + (caught or [15])[0])  # the status that shells expect
+
+print(f"""{ckpt_path} has step {step}
+{best_path} has the best val_loss, {best['val_loss']:.4f}, of step {best['step']}
+{plot_path} shows the losses
+{resume} --max_iters=N continues; the rate then falls until step N, or until --lr_decay_iters
+next: {command("sample.py", f"--checkpoint={ckpt_path}", "--start", args.start)}""")
