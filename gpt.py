@@ -10,10 +10,10 @@ The shape of each tensor stands beside it:
     V  tokens in the vocabulary    S  tokens that attention looks at: the T that are
                                       computed now, and those a KVCache already holds
 
-Sources: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019)
-and OpenAI's code, gpt-2/src/model.py. Two things are not in that code: the smaller
-initial weights of c_proj, which the paper describes, and dropout, which GPT (2018)
-used.
+Sources: "Language Models are Unsupervised Multitask Learners" (Radford et
+al., 2019) and OpenAI's code, gpt-2/src/model.py. Two things are not in that
+code: the smaller initial weights of c_proj, which the paper describes, and
+dropout, which GPT (2018) used.
 """
 import argparse
 import contextlib
@@ -53,9 +53,8 @@ def causal_mask(q, S):
     """Returns the mask (T, S), which is added to the scores and hides the future.
 
     q (B, H, T, D) has the queries of the last T of S tokens. Where a query would look
-    at a later token, the mask is -inf, and softmax turns that score into a weight of
-    0. Everywhere else it is 0 and changes nothing. With T = 2 queries and S = 5
-    tokens:
+    at a later token, the mask is -inf, and softmax turns that score into a weight of 0.
+    Everywhere else it is 0 and changes nothing. With T = 2 queries and S = 5 tokens:
 
                         k0  k1  k2  k3  k4
                     q3   0   0   0   0 -inf
@@ -81,10 +80,10 @@ def attend(q, k, v, dropout_p=0.0):
     B, H, T, D = q.shape
     S = k.shape[2]
     if q.device.type == "cuda":
-        # On a GPU, PyTorch's kernel computes the same without storing the scores. It
-        # has a causal mask built in, which is right only for T = S. If you change
-        # causal_mask, set built_in to False, or training on a GPU will not see your
-        # mask.
+        # On a GPU, PyTorch's kernel computes the same without storing the
+        # scores. It has a causal mask built in, which is right only for T =
+        # S. If you change causal_mask, set built_in to False, or training
+        # on a GPU will not see your mask.
         built_in = T == S
         mask = None if built_in else causal_mask(q, S)
         return F.scaled_dot_product_attention(
@@ -144,10 +143,10 @@ def make_caches(model, batch_size):
 class CausalSelfAttention(nn.Module):
     """Lets each token gather information from itself and the tokens before it.
 
-    One head can weigh the past in only one way. H heads weigh it in H ways at the same
-    cost, because each has only D = C / H channels. OpenAI wrote linear layers as
-    convolutions that are one token wide: the c_ in c_attn, c_proj and c_fc is from
-    there.
+    One head can weigh the past in only one way. H heads weigh it in H ways at
+    the same cost, because each has only D = C / H channels. OpenAI wrote
+    linear layers as convolutions that are one token wide: the c_ in c_attn,
+    c_proj and c_fc is from there.
     """
 
     def __init__(self, config):
@@ -157,10 +156,10 @@ class CausalSelfAttention(nn.Module):
         self.n_head = H
         self.dropout_p = config.dropout
         self.c_attn = linear(C, 3 * C)  # makes q of all heads, then all k, then all v
-        # c_proj mixes what the heads have found. Its result is added to x, and so is
-        # that of c_proj in the MLP: over all layers 2 n_layer results, whose variances
-        # add up. Weights that start sqrt(2 n_layer) times smaller keep the sum at its
-        # size.
+        # c_proj mixes what the heads have found. Its result is added to x, and
+        # so is that of c_proj in the MLP: over all layers 2 n_layer results,
+        # whose variances add up. Weights that start sqrt(2 n_layer) times
+        # smaller keep the sum at its size.
         self.c_proj = linear(C, C, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x, cache=None):
@@ -272,12 +271,11 @@ def candidates(logits, temperature=1.0, top_k=None, top_p=None):
 
     logits (B, V) -> their probabilities (B, k) float32 and their ids (B, k) int64.
 
-    temperature divides the logits. Below 1 the likely tokens become likelier still,
-    and above 1 all become more alike. 0 leaves only the likeliest one; always taking
-    that one is called greedy. top_k keeps the k likeliest tokens; None and 0 keep all
-    of them. top_p (Holtzman et al., 2020) keeps the likeliest of these until together
-    they have the probability top_p, and gives 0 to the others; None and 1 keep all of
-    them.
+    temperature divides the logits. Below 1 the likely tokens become likelier still, and
+    above 1 all become more alike. 0 leaves only the likeliest one; always taking that
+    one is called greedy. top_k keeps the k likeliest tokens; None and 0 keep all of
+    them. top_p (Holtzman et al., 2020) keeps the likeliest of these until together they
+    have the probability top_p, and gives 0 to the others; None and 1 keep all of them.
     """
     V = logits.shape[-1]
     k = 1 if temperature < 1e-6 else min(top_k or V, V)  # 1: greedy
@@ -336,9 +334,9 @@ def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
 
     idx (1, T) int64 is the prompt. A beam is a continuation that may win. Each step
     extends every beam by every token and keeps the N = num_beams likeliest results.
-    The likeliest one that ends with stop_token is put aside. At the end, the likeliest
-    beam and all that were put aside are compared by the mean log-probability of their
-    tokens.
+    The likeliest one that ends with stop_token is put aside. At the end, the
+    likeliest beam and all that were put aside are compared by the mean
+    log-probability of their tokens.
     """
     V = model.config.vocab_size
     caches = make_caches(model, num_beams)
@@ -550,9 +548,8 @@ def merges(vocab_size=GPTConfig.vocab_size):
 def vocabulary(vocab_size):
     """Returns {token as vocab.bpe spells it: id}.
 
-    First come the 256 bytes, so that no text has an unknown token, then what each
-    merge joins, then <|endoftext|>, which stood between the documents GPT-2 was
-    trained on.
+    First come the 256 bytes, so that no text has an unknown token, then what each merge
+    joins, then <|endoftext|>, which stood between the documents GPT-2 was trained on.
     """
     joined = [pair.replace(" ", "") for pair in merges(vocab_size)]
     tokens = [*byte_spelling(), *joined, "<|endoftext|>"]
@@ -649,8 +646,8 @@ def atomic_write(path):
         with reraise_as_input_error(f"{path} could not be written", OSError):
             with open(path + ".tmp", "wb") as file:
                 yield file
-                # Wait until the disk has it, or a power cut could leave an empty new
-                # file.
+                # Wait until the disk has it, or a power cut could leave an
+                # empty new file.
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(path + ".tmp", path)
@@ -669,9 +666,9 @@ def save_checkpoint(path, model, **state):
     with reraise_as_input_error(f"{path} could not be written", RuntimeError):
         with atomic_write(path) as file:
             torch.save(state, file)
-            # Read it once before it replaces the last one. weights_only refuses what
-            # is no plain type, and a NumPy number, say, would make the file unreadable
-            # for good.
+            # Read it once before it replaces the last one. weights_only
+            # refuses what is no plain type, and a NumPy number, say, would
+            # make the file unreadable for good.
             file.flush()
             torch.load(file.name, weights_only=True, mmap=True)
 
@@ -679,11 +676,11 @@ def save_checkpoint(path, model, **state):
 def load_checkpoint(path, verify=False):
     """Returns a GPT on the CPU in eval mode, and the dict of what else was saved.
 
-    With verify the file is read as a whole and its checksums are compared. Without it
-    the file is memory-mapped: its numbers are read when they are first used. To
-    replace the file is safe then, to write into it is not. Raises InputError if the
-    file is damaged, is no checkpoint, or does not fit GPT. Nothing that the file holds
-    is executed.
+    With verify the file is read as a whole and its checksums are compared.
+    Without it the file is memory-mapped: its numbers are read when they are first
+    used. To replace the file is safe then, to write into it is not. Raises
+    InputError if the file is damaged, is no checkpoint, or does not fit GPT.
+    Nothing that the file holds is executed.
     """
     message = f"{path} cannot be read as a checkpoint; try another file"
     with reraise_as_input_error(message, Exception):
@@ -797,8 +794,7 @@ def choose_device(device, dtype):
 
     bfloat16 has the range of float32, but 8 bits of precision and not 24, which is
     enough for matrix products. auto takes it where the hardware computes in it: recent
-    x86 CPUs and NVIDIA GPUs. An older NVIDIA GPU gets float16, everything else
-    float32.
+    x86 CPUs and NVIDIA GPUs. An older NVIDIA GPU gets float16, everything else float32.
     """
     if device == "auto":
         found = torch.accelerator.is_available()  # cuda, mps or xpu

@@ -9,9 +9,8 @@ The first three write a checkpoint, such as models/gpt2-124M.pt, for sample.py a
 train.py --init_from.
 
 OpenAI's weights are in one file that TensorFlow's Saver wrote: float32 numbers, one
-variable after the other, sorted by name, without gaps. Names and shapes follow from
-the sizes in hparams.json, and so does the size of the file: 497,759,232 bytes for
-124M.
+variable after the other, sorted by name, without gaps. Names and shapes follow from the
+sizes in hparams.json, and so does the size of the file: 497,759,232 bytes for 124M.
 """
 import http.client
 import json

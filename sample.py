@@ -108,8 +108,8 @@ limit = model.config.block_size
 if len(ids) > limit:
     print(f"warning: the prompt has {len(ids)} tokens, and the model reads the last {limit}; "
           f"after the first new token it keeps {limit // 2}", file=sys.stderr)
-# In GPT-2's training <|endoftext|> stood before each document, so it is the empty
-# prompt.
+# In GPT-2's training <|endoftext|> stood before each document, so it is
+# the empty prompt.
 end_of_text = V - 1
 idx = torch.tensor([ids or [end_of_text]], device=device)  # (1, T)
 idx = idx.expand(args.num_samples, -1)  # (B, T)

@@ -167,8 +167,8 @@ if args.resume or args.init_from:
     for name, value in vars(model.config).items():
         fits = name in ("block_size", "dropout") or getattr(args, name) == value
         raise_unless(fits, f"--{name}={getattr(args, name)} does not fit the weights: {value}")
-    # A window may be shorter than the model's block_size: its other positions then
-    # stay.
+    # A window may be shorter than the model's block_size: its other
+    # positions then stay.
     raise_unless(args.block_size <= model.config.block_size,
                  f"--block_size={args.block_size}: the model has {model.config.block_size}")
     # A model with this run's dropout takes over the tensors, as float32.
@@ -256,9 +256,8 @@ def load_tokens(flag):
     V = model.config.vocab_size
     with reraise_as_input_error(f"{bin_path} holds no uint16 tokens", OSError, ValueError):
         tokens = np.memmap(bin_path, dtype=np.uint16, mode="r")
-        # The upper half of each 32-bit integer would be 0. Ids below 256 are bytes,
-        # and a text of more than a few words has others, unless the vocabulary has
-        # none.
+        # The upper half of each 32-bit integer would be 0. Ids below 256 are bytes, and
+        # a text of more than a few words has others, unless the vocabulary has none.
         raise_unless(len(tokens) < 9 or tokens[1:99:2].any(), "its integers are wider")
         raise_unless(path != bin_path or min(256, V - 257) <= tokens.max() < V,
                      f"its largest id is {tokens.max()}, and vocab_size is {V}")
@@ -301,8 +300,7 @@ optimizer = torch.optim.AdamW(
     [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
     betas=(args.beta1, args.beta2), weight_decay=args.weight_decay, fused=True)
 # Gradients below 6e-8 would be 0 in float16. The scaler multiplies the loss by a large
-# number, which makes all gradients larger, and divides them by it before they are
-# used.
+# number, which makes all gradients larger, and divides them by it before they are used.
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 # autocast computes matrix products, and what follows them directly, in dtype. Weights,
 # gradients, the sums x between the blocks, LayerNorm and the loss stay in float32.
@@ -314,8 +312,8 @@ if args.resume:
         scaler.load_state_dict(state["scaler"])
 if args.compile is None:
     args.compile = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-# Both wrappers train the weights of model itself. DDP averages gradients over
-# processes.
+# Both wrappers train the weights of model itself. DDP averages gradients
+# over processes.
 wrapped = torch.compile(model) if args.compile else model
 if WORLD_SIZE > 1:
     wrapped = torch.nn.parallel.DistributedDataParallel(wrapped)
@@ -328,9 +326,9 @@ print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dt
 def get_lr(step):
     """Returns the learning rate of a step, counted from 0.
 
-    It rises in a straight line, since AdamW's averages rest on few gradients at first.
-    Then it falls along half a cosine to min_lr, with which the weights settle in a
-    minimum.
+    It rises in a straight line, since AdamW's averages rest on few
+    gradients at first. Then it falls along half a cosine to min_lr, with
+    which the weights settle in a minimum.
     """
     if step >= lr_decay_iters:
         return min_lr
@@ -358,9 +356,9 @@ def epoch_starts(epoch):
 def train_starts(step, micro_step):
     """Returns where the batch_size windows of a micro-batch of a step begin.
 
-    They follow from the flags and these two numbers, so a resumed run reads what it
-    would have read. (NumPy may draw other numbers in another version: keep it within a
-    run.)
+    They follow from the flags and these two numbers, so a resumed run reads
+    what it would have read. (NumPy may draw other numbers in another
+    version: keep it within a run.)
     """
     micro_batches = args.gradient_accumulation_steps * WORLD_SIZE  # in a step
     first = (step * micro_batches + micro_step) * args.batch_size
@@ -542,8 +540,8 @@ with catch_signals() as caught:
                 scaler.scale(micro_loss).backward()
                 loss += micro_loss.detach()
             scaler.unscale_(optimizer)
-            # Shorten a long gradient, so that one odd batch cannot throw the weights
-            # far.
+            # Shorten a long gradient, so that one odd batch cannot throw
+            # the weights far.
             grad_norm = torch.nn.utils.clip_grad_norm_(
                 model.parameters(), args.grad_clip or math.inf)
             scaler.step(optimizer)  # AdamW moves the weights
