@@ -1985,7 +1985,8 @@ def test_another_text_that_is_typed_is_said_and_taken(texts, capsys):
     assert re.search(r"from step 0 on: .*data \S+new.txt instead of \S+t.txt", said)
     tokens = np.fromfile(texts / "out" / "data.bin", np.uint16)
     assert tokens.tolist() == gpt.encode(STORY[:5000], 257)
-    train_in(texts / "out", "--resume")  # now it is the run's text
+    path.unlink()
+    train_in(texts / "out", "--resume")  # its tokens are those of the run now
 
 
 def test_an_edited_text_is_said_and_changes_nothing(texts, capsys):
@@ -2149,10 +2150,10 @@ def test_changed_flags_arrive(copy):
 
 def test_what_is_not_typed_is_computed_anew_at_each_start(tmp_path):
     train_in(tmp_path, f"{BYTES} --max_iters=1 --dtype=auto")
-    names = train_in(tmp_path, "--resume --max_iters=10 --learning_rate=0.003")
+    names = train_in(tmp_path, "--resume --max_iters=16 --learning_rate=0.003")
     assert names["min_lr"] == pytest.approx(0.0003)
-    assert names["lr_decay_iters"] == 10
-    assert names["eval_interval"] == 2
+    assert names["lr_decay_iters"] == 16
+    assert names["eval_interval"] == 3
     saved = load(tmp_path)[1]["args"]
     assert saved["dtype"] == "auto"
     for name in ("min_lr", "lr_decay_iters", "eval_interval"):
@@ -2198,6 +2199,17 @@ def test_a_small_vocabulary_is_written(vocabulary_run, capsys):
     assert len(names["texts"][0]) == 9
     text = gpt.get_tokenizer(vocab_size).decode(names["texts"][0])
     assert capsys.readouterr().out == f"Ivy{text}\n"
+
+
+def test_a_small_vocabulary_has_its_end_of_text(vocabulary_run, monkeypatch, capsys):
+    vocab_size, folder = vocabulary_run
+
+    def generate(*_, **__):
+        return [torch.tensor([vocab_size - 1])]
+
+    monkeypatch.setattr(gpt, "generate", generate)
+    main("sample.py", f"--checkpoint={folder}", "--device=cpu", "--no-stop")
+    assert capsys.readouterr().out == "<|endoftext|>\n"
 
 
 def test_a_small_vocabulary_is_scored(vocabulary_run, capsys):
@@ -2472,6 +2484,20 @@ def test_show_prints_the_models_own_probabilities(x_pt, capsys, flags):
         ids.append(token)
 
 
+def test_show_ends_with_the_first_text(bytes_run, monkeypatch, capsys):
+    def generate(*_, observe, **__):
+        probs = torch.full((2, 257), 1 / 257)
+        ids = torch.arange(257).expand(2, 257)
+        for token in (torch.tensor([256, 65]), torch.tensor([256, 66])):
+            observe(probs, ids, token)
+            yield token
+
+    monkeypatch.setattr(gpt, "generate", generate)
+    written(bytes_run, "--show=1", "--num_samples=2")
+    lines = re.findall("^  .*", capsys.readouterr().err, re.MULTILINE)
+    assert lines == ["  '!' 0.4%  ['<|endoftext|>' 0.4%]"]
+
+
 @pytest.mark.parametrize("content, text, warnings", (
     pytest.param(b"\xef\xbb\xbfIvy\r\n", "Ivy", [], id="of an editor on Windows"),
     pytest.param(b"Ivy\n\n", "Ivy\n", ["white space"], id="with an empty line"),
@@ -2522,14 +2548,35 @@ def test_num_beams_writes_what_beam_search_finds(x_pt, capsys):
     assert capsys.readouterr().out == f"Ivy{text}\n"
 
 
-@pytest.mark.parametrize("flags, name, value", (
-    pytest.param("", "temperature", 0.8, id="temperature by default"),
-    pytest.param("", "top_k", 50, id="top_k by default"),
-    pytest.param("", "top_p", 1, id="top_p by default"),
-    pytest.param("", "seed", 1337, id="seed by default"),
-    pytest.param("", "stop_token", 50256, id="stop by default"),
-    pytest.param("", "observe", None, id="nothing shown by default"),
-    pytest.param("", "rows", [[50256]], id="the empty prompt"),
+@pytest.fixture
+def given(monkeypatch):
+    """Returns a dict of what sample.py gives to generate, which writes nothing."""
+    arguments = {}
+
+    def generate(model, idx, n, generator, **options):
+        arguments.update(options, rows=idx.tolist(), n=n)
+        arguments["seed"] = generator.initial_seed()
+        return []
+
+    monkeypatch.setattr(gpt, "generate", generate)
+    return arguments
+
+
+def test_the_defaults_of_sample_arrive(sample, given):
+    sample()
+    assert given == {
+        "rows": [[50256]],  # <|endoftext|> stands before each text
+        "n": 200,
+        "temperature": 0.8,
+        "top_k": 50,
+        "top_p": 1,
+        "stop_token": 50256,
+        "seed": 1337,
+        "observe": None,
+    }
+
+
+@pytest.mark.parametrize("flag, name, value", (
     pytest.param("--start=Ivy", "rows", [[40, 7670]], id="start"),
     pytest.param("--num_samples=2", "rows", [[50256], [50256]], id="num_samples"),
     pytest.param("--max_new_tokens=9", "n", 9, id="max_new_tokens"),
@@ -2539,16 +2586,8 @@ def test_num_beams_writes_what_beam_search_finds(x_pt, capsys):
     pytest.param("--seed=5", "seed", 5, id="seed"),
     pytest.param("--no-stop", "stop_token", None, id="no-stop"),
 ))
-def test_the_flags_of_sample_arrive(sample, monkeypatch, flags, name, value):
-    given = {}
-
-    def generate(model, idx, n, generator, **options):
-        given.update(options, rows=idx.tolist(), n=n)
-        given["seed"] = generator.initial_seed()
-        return []
-
-    monkeypatch.setattr(gpt, "generate", generate)
-    sample(*flags.split())
+def test_the_flags_of_sample_arrive(sample, given, flag, name, value):
+    sample(flag)
     assert given[name] == value
 
 
@@ -2568,12 +2607,12 @@ def test_the_flags_of_beam_search_arrive(sample, monkeypatch, flags, stop_token)
     assert given == [9, 3, stop_token]
 
 
-@pytest.mark.parametrize("flag, mark", (
-    pytest.param("--stop", "", id="stop"),
-    pytest.param("--no-stop", "<|endoftext|>", id="no-stop"),
+@pytest.mark.parametrize("flag, mark, n_tokens", (
+    pytest.param("--stop", "", 9, id="stop"),
+    pytest.param("--no-stop", "<|endoftext|>", 10, id="no-stop"),
 ))
 def test_texts_are_streamed_in_whole_characters(
-        sample, monkeypatch, capsys, flag, mark):
+        sample, monkeypatch, capsys, flag, mark, n_tokens):
     first = gpt.encode(" a🙂<|endoftext|><|endoftext|>")
     second = gpt.encode(" x y z u<|endoftext|>")
     seen = []
@@ -2584,10 +2623,11 @@ def test_texts_are_streamed_in_whole_characters(
             seen.append(capsys.readouterr().out)
 
     monkeypatch.setattr(gpt, "generate", generate)
-    rest, _ = sample("--num_samples=2", flag)
+    rest, err = sample("--num_samples=2", flag)
     # The smiley is made of two tokens. The second text comes after the first one.
     assert seen == [" a", "", "🙂", mark, mark]
     assert rest == f"\n{'-' * 80}\n x y z u{mark}\n"
+    assert err.startswith(f"{n_tokens} tokens in ")
 
 
 def test_a_folder_stands_for_its_last_checkpoint(bytes_run, capsys):
@@ -3690,13 +3730,17 @@ def file_size_limit(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("size", [0, 500, 20_000])
+@pytest.mark.parametrize("size", [
+    pytest.param(0, id="at the first byte"),
+    pytest.param(100_000, id="in the weights, where PyTorch hides the cause"),
+    pytest.param(300_000, id="at the end"),
+])
 def test_a_save_that_fails_leaves_the_old_file_and_no_other(small_file, size):
     before = small_file.read_bytes()
-    assert len(before) > 20_000
+    model = tiny(1, vocab_size=3000, n_embd=24)
     message = "x.pt could not be written .*too large"
     with file_size_limit(size):
-        refused(message, gpt.save_checkpoint, "x.pt", tiny(1, vocab_size=300))
+        refused(message, gpt.save_checkpoint, "x.pt", model)
     assert os.listdir() == ["x.pt"]
     assert small_file.read_bytes() == before
 
