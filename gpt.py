@@ -719,7 +719,7 @@ def show_error(kind, error, trace):
     script = os.path.basename(sys.argv[0])
     # torch.distributed may replace sys.stderr by a stream that loses this line.
     print(f"{script}: error: {error}", file=sys.__stderr__, flush=True)
-    sys.exit(2)
+    os._exit(2)  # at once, or PyTorch may abort one of several processes as it ends
 
 
 def start_script(doc):

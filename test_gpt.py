@@ -1671,6 +1671,7 @@ def test_only_a_false_condition_is_raised():
 
 def test_a_users_mistake_is_shown_in_one_line(monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["a folder/train.py", "--x"])
+    monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as caught:
         gpt.show_error(InputError, InputError("no x.txt"), None)
     assert caught.value.code == 2
