@@ -23,6 +23,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import signal
 import sys
 import textwrap
@@ -88,6 +89,8 @@ def attend(q, k, v, dropout_p=0.0):
         mask = None if built_in else causal_mask(q, S)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=built_in)
+    if T == 1:  # a CPU is slow at products of a single row in 16 bits
+        q, k, v = (x.float() for x in (q, k, v))
     # A score sums up D products, so it varies sqrt(D) times as much as one of them.
     # Without the division scores would be large, softmax would put nearly all weight
     # on one key, and almost no gradient would get through.
@@ -171,7 +174,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(k, v)  # each (B, H, S, D)
         y = attend(q, k, v, self.dropout_p if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
-        return dropout(self.c_proj(y), self.dropout_p, self.training)
+        return dropout(self.c_proj(y.to(qkv.dtype)), self.dropout_p, self.training)
 
 
 class MLP(nn.Module):
@@ -461,8 +464,8 @@ def center_logits(model):
     config = model.config
     if not (hasattr(model, "wpe") and same_answer(
             known_answer(config), known_answer(config, centered=True))):
-        print("warning: logits are not centered, since this model's loss would change; "
-              "float32 is safe, 16 bits may be inexact", file=sys.stderr)
+        print("warning: centering would change this model; 16 bits may be inexact, float32 not",
+              file=sys.stderr)
         return False
     move_mean(model)
     return True
@@ -530,8 +533,8 @@ def byte_spelling():
     """
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
-    spelling = {chr(b): b for b in printable}
-    return spelling | {chr(256 + i): b for i, b in enumerate(others)}
+    return ({chr(b): b for b in printable}
+            | {chr(256 + i): b for i, b in enumerate(others)})
 
 
 def merges(vocab_size=GPTConfig.vocab_size):
@@ -605,8 +608,7 @@ def decode_utf8(data, name, offset=0):
 
 def text_files(path):
     """Returns the .txt files in a folder, sorted by name, or [path] for a file."""
-    pattern = os.path.join(glob.escape(path), "*.[tT][xX][tT]")
-    return sorted(glob.glob(pattern)) or [path]
+    return sorted(glob.glob(os.path.join(glob.escape(path), "*.[tT][xX][tT]"))) or [path]
 
 
 def read_text(path):
@@ -646,8 +648,7 @@ def atomic_write(path):
         with reraise_as_input_error(f"{path} could not be written", OSError):
             with open(path + ".tmp", "wb") as file:
                 yield file
-                # Wait until the disk has it, or a power cut could leave an
-                # empty new file.
+                # Wait for the disk, or a power cut could leave an empty new file.
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(path + ".tmp", path)
@@ -666,9 +667,8 @@ def save_checkpoint(path, model, **state):
     with reraise_as_input_error(f"{path} could not be written", RuntimeError):
         with atomic_write(path) as file:
             torch.save(state, file)
-            # Read it once before it replaces the last one. weights_only
-            # refuses what is no plain type, and a NumPy number, say, would
-            # make the file unreadable for good.
+            # Read it before it replaces the last one. weights_only refuses what is no
+            # plain type: a NumPy number, say, would make the file useless.
             file.flush()
             torch.load(file.name, weights_only=True, mmap=True)
 
@@ -702,8 +702,8 @@ def load_checkpoint(path, verify=False):
         model = with_weights(config, weights).eval()
     if not same_answer(state.setdefault("known_answer", GPT2_ANSWER),
                        known_answer(config)):
-        print(f"warning: {path} was trained by code that computes something else than "
-              "gpt.py does now; expect a worse loss", file=sys.stderr)
+        print(f"warning: {path} is from code that computes something else than gpt.py",
+              file=sys.stderr)
     return model, state
 
 
@@ -763,21 +763,23 @@ def catch_signals():
 
 def number(kind, low, high=sys.float_info.max):
     """Returns a type for argparse: an int or float from low to high, never nan."""
-    def check(text):
+    def number(text):  # this name stands in argparse's "invalid number value"
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)
 
-    check.__name__ = kind.__name__  # for argparse's message "invalid int value"
-    return check
+    return number
 
 
 def command(script, *flags):
     """Returns a command for a script beside this one, to be pasted into any shell."""
+    def quote(word):
+        if re.search(r'["$`!]', word):  # these mean something inside double quotes
+            return shlex.quote(word)
+        return word if re.fullmatch(r"[\w./:\\=-]+", word) else f'"{word}"'
+
     path = os.path.join(os.path.dirname(sys.argv[0]), script)
-    words = [word if re.fullmatch(r"[\w./:\\=-]+", word) else '"' + word + '"'
-             for word in (path, *flags)]
-    return " ".join(["python", *words])
+    return " ".join(["python", *map(quote, (path, *flags))])
 
 
 def show_progress(text):

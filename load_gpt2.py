@@ -91,8 +91,8 @@ def read_openai(folder):
     path = os.path.join(folder, DATA)
     expected = 4 * sum(shape.numel() for shape in shapes.values())
     found = os.path.getsize(path) if os.path.exists(path) else 0
-    raise_unless(found == expected, f"{path} has {found:,} bytes, but the sizes in {HPARAMS} "
-                 f"make {expected:,}")
+    raise_unless(found == expected,
+                 f"{path} has {found:,} bytes, but the sizes in {HPARAMS} make {expected:,}")
     weights = {}
     with open(path, "rb") as file:
         for name in sorted(shapes, key=openai_name):  # as text, so h10 comes before h2
@@ -121,8 +121,8 @@ def weight_files(folder):
     A folder may hold other weights too, such as a backup. They are not read.
     """
     index = os.path.join(folder, WEIGHTS + ".index.json")
-    has_all = os.path.exists(os.path.join(folder, WEIGHTS))
-    if has_all or not os.path.exists(index):
+    if (os.path.exists(os.path.join(folder, WEIGHTS))
+            or not os.path.exists(index)):
         return [WEIGHTS]
     with reraise_as_input_error(f"{index} has no weight_map", LookupError, TypeError):
         return sorted(set(read_json(index)["weight_map"].values()))
@@ -142,8 +142,8 @@ def read_hugging_face(folder):
     weights = {}
     for name in weight_files(folder):
         file = os.path.join(folder, name)
-        raise_unless(os.path.exists(file), f"{file} is missing; save_pretrained of transformers "
-                     "makes it from a pytorch_model.bin")
+        raise_unless(os.path.exists(file),
+                     f"{file} is missing; save_pretrained makes it from pytorch_model.bin")
         with reraise_as_input_error(f"{file} is damaged: get it again", SafetensorError, OSError):
             weights |= load_file(file)
     # Older files hold the causal masks too.
@@ -167,10 +167,10 @@ def load_gpt2(folder):
     elif os.path.exists(os.path.join(folder, "config.json")):
         config, weights = read_hugging_face(folder)
     else:
-        raise InputError(f"{folder} is none of {', '.join(SIZES)}, nor OWNER/NAME on the hub, nor "
-                         f"a folder with {HPARAMS} or config.json")
-    raise_unless(257 <= config.vocab_size <= 50257, f"{folder} has another vocabulary than "
-                 f"GPT-2's, of {config.vocab_size} tokens")
+        raise InputError(
+            f"{folder} is none of {', '.join(SIZES)}, no OWNER/NAME, no folder of weights")
+    raise_unless(257 <= config.vocab_size <= 50257,
+                 f"{folder}: {config.vocab_size} tokens are another vocabulary than GPT-2's")
     for name in weights:  # one at a time, so there is never a second copy of all
         weights[name] = transposed(name, weights[name].float())
     with reraise_as_input_error(f"{folder} does not have the weights of GPT-2", RuntimeError):
@@ -223,8 +223,8 @@ def export(path, folder):
         model, state = load_checkpoint(path, verify=True)
         config = model.config
         for answer in (state["known_answer"], known_answer(config)):
-            raise_unless(same_answer(answer, GPT2_ANSWER), f"{path}: this model computes "
-                         "something else than GPT-2, and other tools would not know")
+            raise_unless(same_answer(answer, GPT2_ANSWER),
+                         f"{path} computes something else than GPT-2; other tools do not know")
         end_of_text = config.vocab_size - 1
         contents = read_json(EXPORT_PATH)  # {file name: its content}
         ids = dict.fromkeys(("bos_token_id", "eos_token_id"), end_of_text)
@@ -261,8 +261,8 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=os.path.expanduser,
                         help="the checkpoint to write (default: models/NAME.pt)")
     args = parser.parse_args()
-    raise_unless(bool(args.source) != bool(args.export), "give a size, a name or a folder, or "
-                 "--export with a checkpoint and a folder")
+    raise_unless(bool(args.source) != bool(args.export),
+                 "give a size, a name or a folder, or --export with a checkpoint and a folder")
     if args.export:
         export(*map(os.path.expanduser, args.export))
         print(f"wrote {args.export[1]}")
@@ -270,9 +270,10 @@ if __name__ == "__main__":
     folder = os.path.expanduser(args.source)
     name = os.path.basename(os.path.abspath(folder))
     url = ""  # from where to download
-    if not os.path.exists(folder) and folder in SIZES:
+    is_new = not os.path.exists(folder)
+    if is_new and folder in SIZES:
         url, names, name = f"{OPENAI_URL}/{name}", (HPARAMS, DATA), f"gpt2-{name}"
-    elif not os.path.exists(folder) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", folder):
+    elif is_new and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", folder):
         url, names = f"{HUB_URL}/{folder}/resolve/main", ("config.json", "vocab.json", WEIGHTS)
     out = args.out or os.path.join("models", f"{name}.pt")
     raise_unless(not os.path.exists(out), f"{out} exists: delete it, or name another --out")

@@ -108,12 +108,11 @@ limit = model.config.block_size
 if len(ids) > limit:
     print(f"warning: the prompt has {len(ids)} tokens, and the model reads the last {limit}; "
           f"after the first new token it keeps {limit // 2}", file=sys.stderr)
-# In GPT-2's training <|endoftext|> stood before each document, so it is
+# In GPT-2's training <|endoftext|>, the last id, stood before each document. So it is
 # the empty prompt.
-end_of_text = V - 1
-idx = torch.tensor([ids or [end_of_text]], device=device)  # (1, T)
+idx = torch.tensor([ids or [V - 1]], device=device)  # (1, T)
 idx = idx.expand(args.num_samples, -1)  # (B, T)
-stop_token = end_of_text if args.stop else None
+stop_token = V - 1 if args.stop else None
 texts = [[] for _ in range(args.num_samples)]  # the token ids of each text
 
 

@@ -55,8 +55,7 @@ rate, beta = number(float, 0), number(float, 0, 0.9999)
 
 files = parser.add_argument_group("what to read and write").add_argument
 files("--data", type=real_path, default=os.path.join(DATA_DIR, "story.txt"),
-      help="a text, a folder of .txt files, or a .bin file of uint16 token ids "
-           "(default: the built-in story)")
+      help="a text, a folder of .txt files, or a .bin of uint16 ids (default: a story)")
 files("--val_data", type=real_path,
       help="another text to validate on (default: the last tenth of --data)")
 files("--out_dir", type=os.path.expanduser, default="out",
@@ -75,8 +74,7 @@ sizes("--n_head", type=count, default=12,
 sizes("--n_embd", type=count, default=768,
       help="channels of each token (default: %(default)s)")
 sizes("--block_size", type=count, default=256,
-      help="tokens in a window, with --init_from at most those that the model can read "
-           "(default: %(default)s)")
+      help="tokens in a window, at most those the model reads (default: %(default)s)")
 sizes("--dropout", type=number(float, 0, 0.999), default=0.1,
       help="the probability that training sets a number to 0 (default: %(default)s)")
 
@@ -86,8 +84,8 @@ training("--max_iters", type=steps, default=150,
 training("--batch_size", type=count, default=2,
          help="windows in a micro-batch (default: %(default)s)")
 training("--gradient_accumulation_steps", type=count, default=1,
-         help="micro-batches of each process in a step; nanoGPT counts those of all "
-              "processes (default: %(default)s)")
+         help="micro-batches of each process in a step (default: %(default)s)")
+# (nanoGPT counts those of all processes.)
 training("--learning_rate", type=number(float, 1e-12),
          help="the highest rate (default: 4e-4 x 768 / n_embd)")
 training("--min_lr", type=rate, help="the last rate (default: learning_rate / 10)")
@@ -130,7 +128,6 @@ args = parser.parse_args()
 ckpt_path = os.path.join(args.out_dir, "ckpt.pt")
 best_path = os.path.join(args.out_dir, "best.pt")
 plot_path = os.path.join(args.out_dir, "loss.png")
-raise_unless(not args.resume or os.path.exists(ckpt_path), f"--resume: no {ckpt_path}")
 if RANK == 0:
     # Two runs in one folder would overwrite each other's files. The lock is held while
     # its name lives, and the system drops it when this process ends. (A second %run in
@@ -167,13 +164,12 @@ if args.resume or args.init_from:
     for name, value in vars(model.config).items():
         fits = name in ("block_size", "dropout") or getattr(args, name) == value
         raise_unless(fits, f"--{name}={getattr(args, name)} does not fit the weights: {value}")
-    # A window may be shorter than the model's block_size: its other
-    # positions then stay.
+    # A window may be shorter than the model's block_size. Its other positions stay.
     raise_unless(args.block_size <= model.config.block_size,
                  f"--block_size={args.block_size}: the model has {model.config.block_size}")
     # A model with this run's dropout takes over the tensors, as float32.
-    config = dataclasses.replace(model.config, dropout=args.dropout)
-    model = with_weights(config, model.float().state_dict())
+    model = with_weights(dataclasses.replace(model.config, dropout=args.dropout),
+                         model.float().state_dict())
 
 # What was not typed follows from other flags. It is computed at each start, not saved.
 # The wider a model, the lower its best rate: about as 1 / n_embd.
@@ -244,13 +240,13 @@ def load_tokens(flag):
     """
     path = getattr(args, flag)
     bin_path = path if path.endswith(".bin") else os.path.join(args.out_dir, f"{flag}.bin")
-    known = state["hashes"].get(path) if state else None  # of this run's tokens
+    known = state["texts"].get(path) if state else None
+    there = filter(os.path.exists, text_files(path))
+    stat = [[os.path.getsize(name), os.path.getmtime(name)] for name in there]
     if RANK == 0 and path != bin_path:
         if not known or not os.path.exists(bin_path):
             write_tokens(path, bin_path)
-        dates = [os.path.getmtime(name) for name in text_files(path)
-                 if os.path.exists(name)]
-        if max(dates, default=0) > os.path.getmtime(bin_path):
+        elif stat and stat != known["stat"]:
             print(f"{path} has changed; the run continues with the tokens in {bin_path}")
     gather(None)  # the others wait here until process 0 has made the file
     V = model.config.vocab_size
@@ -262,15 +258,15 @@ def load_tokens(flag):
         raise_unless(path != bin_path or min(256, V - 257) <= tokens.max() < V,
                      f"its largest id is {tokens.max()}, and vocab_size is {V}")
     digest = hashlib.sha256(tokens).hexdigest()
-    raise_unless(known in (None, digest), f"{path} is not the text of this run, or {bin_path} "
-                 "is damaged; if it is, delete it")
-    raise_unless(len(set(gather(digest))) == 1, "the processes read different tokens; several "
-                 "machines need a shared --out_dir, or the same .bin file on each of them")
-    hashes[path] = digest
+    raise_unless(not known or digest == known["hash"],
+                 f"{path} is not this run's text, or {bin_path} is damaged and to be deleted")
+    raise_unless(len(set(gather(digest))) == 1,
+                 "the processes read different tokens; share --out_dir, or one .bin as --data")
+    texts[path] = known or {"hash": digest, "stat": stat}
     return tokens
 
 
-hashes = {}  # {path of a text: the hash of its tokens}, which ckpt.pt keeps
+texts = {}  # of each text ckpt.pt keeps its tokens' hash, and its files' sizes and dates
 train_tokens = load_tokens("data")
 if args.val_data:
     val_tokens = load_tokens("val_data")
@@ -283,8 +279,7 @@ T = args.block_size
 for part, purpose in ((val_tokens, "validate on"), (train_tokens, "train on")):
     raise_unless(len(part) > T, f"--block_size={T}: the {len(part)} tokens to {purpose} "
                  f"allow at most {max(len(part) - 1, 0)}")
-print(f"{os.path.basename(args.data)}: {len(train_tokens):,} tokens to train on, "
-       f"{len(val_tokens):,} to validate on")
+print(f"{len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate on")
 
 # ---- 6. The optimizer ----------------------------------------------------------------
 
@@ -311,9 +306,8 @@ if args.resume:
     if state["scaler"]:  # it is empty if the run was not in float16
         scaler.load_state_dict(state["scaler"])
 if args.compile is None:
-    args.compile = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-# Both wrappers train the weights of model itself. DDP averages gradients
-# over processes.
+    args.compile = device.type == "cuda" and importlib.util.find_spec("triton")
+# Both wrappers train the weights of model. DDP averages gradients over processes.
 wrapped = torch.compile(model) if args.compile else model
 if WORLD_SIZE > 1:
     wrapped = torch.nn.parallel.DistributedDataParallel(wrapped)
@@ -427,12 +421,12 @@ def save_run():
     """
     if RANK == 0:
         save_checkpoint(ckpt_path, model, step=step, row=row, log=log, best=best,
-                        args=settings, hashes=hashes, val_loss=row.get("val_loss"),
-                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+                        args=settings, texts=texts, optimizer=optimizer.state_dict(),
+                        scaler=scaler.state_dict())
 
 
 def plot(log):
-    """Draws the losses over steps and tokens, with perplexity, exp(loss), on the right."""
+    """Draws the losses over steps, with perplexity, exp(loss), on the right."""
     from matplotlib.figure import Figure
     figure = Figure(layout="constrained")
     axes = figure.subplots()
@@ -442,8 +436,8 @@ def plot(log):
         axes.plot(steps, [row[name] for row in rows], ".-", label=name)
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.legend()
-    right = axes.secondary_yaxis("right", functions=(np.exp, np.log))
-    right.set(yscale="log", ylabel="perplexity")
+    axes.secondary_yaxis("right", functions=(np.exp, np.log)).set(
+        yscale="log", ylabel="perplexity")
     figure.savefig(plot_path)
 
 
@@ -454,9 +448,9 @@ log = state.get("log", [])  # such rows; a resumed run makes those after the che
 best = state.get("best", {"step": 0, "val_loss": math.inf})
 columns = ("iter", "tokens", "loss", "train_loss", "val_loss", "val_bits_per_byte", "lr",
            "grad_norm", "tokens_per_s")
-log_path = os.path.join(args.out_dir, "log.csv") if RANK == 0 else os.devnull
-log_csv = csv.DictWriter(open(log_path, "w", encoding="utf-8", newline="", buffering=1),
-                         columns, lineterminator="\n")
+log_csv = csv.DictWriter(
+    open(os.path.join(args.out_dir, "log.csv") if RANK == 0 else os.devnull, "w",
+         encoding="utf-8", newline="", buffering=1), columns, lineterminator="\n")
 log_csv.writeheader()
 log_csv.writerows(log)
 tokenizer = get_tokenizer(model.config.vocab_size)
@@ -487,14 +481,15 @@ with catch_signals() as caught:
             if evaluating or (is_new and step % args.log_interval == 0):
                 log.append(row)
                 log_csv.writerow(row)
-                line = [f"{name} {value:.5g}" for name, value in row.items()
-                        if name not in ("iter", "tokens")]
+                line = [f"iter {step}"]
+                line += [f"{name} {value:.5g}" for name, value in row.items()
+                         if name not in ("iter", "tokens")]
                 if evaluating:
                     line.append(f"val_perplexity {math.exp(min(row['val_loss'], 700)):.5g}")
                 if step > first_step:
                     seconds = (time.perf_counter() - started) / (step - first_step)
                     line.append(f"{seconds * (args.max_iters - step) / 60:.1f} min left")
-                print(" | ".join([f"iter {step}", *line]))
+                print(" | ".join(line))
 
             if evaluating and RANK == 0:
                 try:
@@ -540,8 +535,7 @@ with catch_signals() as caught:
                 scaler.scale(micro_loss).backward()
                 loss += micro_loss.detach()
             scaler.unscale_(optimizer)
-            # Shorten a long gradient, so that one odd batch cannot throw
-            # the weights far.
+            # Shorten a long gradient: one odd batch must not throw the weights far.
             grad_norm = torch.nn.utils.clip_grad_norm_(
                 model.parameters(), args.grad_clip or math.inf)
             scaler.step(optimizer)  # AdamW moves the weights
