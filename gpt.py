@@ -71,9 +71,9 @@ def attend(q, k, v, dropout_p=0.0):
 
     Each token has a query (what it looks for), a key (what it can be found by) and a
     value (what it has to tell). A query and a key have a score: their product, which
-    is large when both point the same way. Softmax turns the scores of a query into
-    weights, which are positive and sum to 1. The query gets the mean of all values
-    with these weights.
+    is large when both point the same way. Softmax takes exp of each score of a query
+    and divides it by their sum, so it makes weights that are positive and sum to 1.
+    The query gets the mean of all values with these weights.
 
     q (B, H, T, D) has the queries of the last T of the S tokens in k and v, (B, H, S,
     D). Without a KVCache these are all tokens, so T = S. Returns (B, H, T, D).
@@ -81,19 +81,21 @@ def attend(q, k, v, dropout_p=0.0):
     B, H, T, D = q.shape
     S = k.shape[2]
     if q.device.type == "cuda":
-        # On a GPU, PyTorch's kernel computes the same without storing the
-        # scores. It has a causal mask built in, which is right only for T =
-        # S. If you change causal_mask, set built_in to False, or training
+        # On a GPU, PyTorch's kernel, a program made for that hardware, computes
+        # the same without storing the scores. The mask built into it takes the
+        # first query for that of the first token, so it is right only for
+        # T = S. If you change causal_mask, set built_in to False, or training
         # on a GPU will not see your mask.
         built_in = T == S
         mask = None if built_in else causal_mask(q, S)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=built_in)
-    if T == 1:  # a CPU is slow at products of a single row in 16 bits
+    if T == 1 and q.itemsize == 2:  # CPUs are slow at products of one row in 16 bits
         q, k, v = (x.float() for x in (q, k, v))
-    # A score sums up D products, so it varies sqrt(D) times as much as one of them.
-    # Without the division scores would be large, softmax would put nearly all weight
-    # on one key, and almost no gradient would get through.
+    # A score is a sum of D products. If they are independent, their variances add up,
+    # so the score's standard deviation is sqrt(D) times that of one product. Without
+    # the division scores would be large, softmax would put nearly all weight on one
+    # key, and almost no gradient would get through.
     scores = (q / math.sqrt(D)) @ k.transpose(2, 3)  # (B, H, T, S)
     weights = (scores + causal_mask(q, S)).softmax(dim=-1)  # (B, H, T, S)
     return dropout(weights, dropout_p) @ v
@@ -113,9 +115,10 @@ def linear(n_in, n_out, std=0.02):
 class KVCache:
     """The keys and values of one layer, for the tokens that the model has read so far.
 
-    While text is generated, each new token attends to all earlier ones. Their keys and
-    values do not change, so they are kept and not computed again. Queries are not
-    kept, because only its own token ever uses a query.
+    While text is generated, each new token attends to all earlier ones. The mask lets
+    no token see later ones, so the keys and values of earlier tokens do not change.
+    They are kept and not computed again. Queries are not kept: a token's query is
+    used once, when that token is read.
     """
 
     def __init__(self, model, batch_size):
@@ -146,8 +149,8 @@ def make_caches(model, batch_size):
 class CausalSelfAttention(nn.Module):
     """Lets each token gather information from itself and the tokens before it.
 
-    One head can weigh the past in only one way. H heads weigh it in H ways at
-    the same cost, because each has only D = C / H channels. OpenAI wrote
+    One head can weigh the past in only one way. H heads weigh it in H ways with
+    as many products, because each has only D = C / H channels. OpenAI wrote
     linear layers as convolutions that are one token wide: the c_ in c_attn,
     c_proj and c_fc is from there.
     """
@@ -159,10 +162,10 @@ class CausalSelfAttention(nn.Module):
         self.n_head = H
         self.dropout_p = config.dropout
         self.c_attn = linear(C, 3 * C)  # makes q of all heads, then all k, then all v
-        # c_proj mixes what the heads have found. Its result is added to x, and
-        # so is that of c_proj in the MLP: over all layers 2 n_layer results,
-        # whose variances add up. Weights that start sqrt(2 n_layer) times
-        # smaller keep the sum at its size.
+        # c_proj mixes what the heads have found. Block adds its result to x, and
+        # that of the MLP's c_proj too. These are 2 n_layer results in all, and
+        # their variances add up. With weights that start sqrt(2 n_layer) times
+        # smaller, all of them together vary only as much as one otherwise would.
         self.c_proj = linear(C, C, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x, cache=None):
@@ -173,12 +176,13 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # each (B, H, S, D)
         y = attend(q, k, v, self.dropout_p if self.training else 0.0)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        # The heads stand side by side again, and a y in float32 becomes 16 bits again.
+        y = y.transpose(1, 2).reshape(B, T, C)
         return dropout(self.c_proj(y.to(qkv.dtype)), self.dropout_p, self.training)
 
 
 class MLP(nn.Module):
-    """Transforms each token by itself: to 4C channels, through GELU, and back to C."""
+    """A multilayer perceptron: each token by itself, to 4C channels and back to C."""
 
     def __init__(self, config):
         super().__init__()
@@ -201,7 +205,8 @@ class Block(nn.Module):
 
     Because results are added, gradients have a direct way back to every layer.
     LayerNorm shifts and scales the channels of each token to mean 0 and variance 1,
-    then multiplies them by a learned gain (its weight) and adds a learned bias.
+    then multiplies them by a learned gain (its weight) and adds a learned bias. So
+    attention and MLP read numbers of the same scale in every layer, although x grows.
     """
 
     def __init__(self, config):
@@ -221,8 +226,13 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Embeddings, n_layer blocks, and an output layer that is the token embedding again.
 
-    Sharing that matrix is called weight tying (Press and Wolf, 2017). It saves V x C
-    parameters, and what a token means as input helps to predict it as output.
+    An embedding is a table with a learned vector for each token, or for each position.
+    The score of a query and a key does not depend on where their tokens stand, so the
+    vector of its position is added to that of each token.
+
+    Using the table of tokens twice is called weight tying (Press and Wolf, 2017). It
+    saves V x C parameters, and what a token means as input helps to predict it as
+    output.
     """
 
     def __init__(self, config):
@@ -241,8 +251,8 @@ class GPT(nn.Module):
         idx (B, T) int64 has token ids. With targets (B, T) int64, the tokens that
         really came next, it returns the loss instead: the mean of -ln(p), where p is
         the probability that the model gave to a target. The loss is a float32 scalar,
-        and its unit is the nat, which is to ln what the bit is to log2. cross_entropy
-        leaves out targets of -100.
+        and its unit is the nat, which is to ln what the bit is to log2. Targets of -100
+        are left out, which serves those who want no loss on, say, a prompt.
 
         With caches, one KVCache for each layer, idx holds only the tokens that follow
         the cached ones, and the caches grow by them. Then only the last token gets
@@ -393,19 +403,21 @@ def dropout(x, p, training=True):
 
     While training, each element of x becomes 0 with probability p, and the others are
     scaled up by 1 / (1 - p), so that their mean stays. The model therefore cannot rely
-    on any single number. Training of 124M on two CPU cores in bfloat16 spends 11
-    percent less time a step with it. There p is rounded to a multiple of 1 / 65,536.
+    on any single number. A training step of 124M on two CPU cores in bfloat16 takes 11
+    percent less time with this function than with F.dropout. On a CPU it rounds p to a
+    multiple of 1 / 65,536.
     """
     if p == 0 or not training or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
     # PyTorch draws a random number for each element, which takes longer than all else
     # that happens to it. Here one draw of 64 random bits serves four elements.
     bits = torch.randint(-2**63, 2**63 - 1, (x.numel() // 4 + 1,))  # int64
-    # The same memory, read as int16, has four numbers from -32,768 to 32,767 for each.
+    # The same memory, read as int16, has a number from -32,768 to 32,767 for each element.
     numbers = bits.view(torch.int16)[: x.numel()].view(x.shape)
     # An element is dropped if its number is one of the n_low lowest of the 65,536.
     n_low = min(round(p * 65536), 65535)
-    keep = numbers >= n_low - 32768
+    # keep has 1 and 0 in the dtype of x, which multiply faster than True and False.
+    keep = torch.ge(numbers, n_low - 32768, out=torch.empty_like(x))
     return x * keep * (65536 / (65536 - n_low))
 
 
@@ -421,11 +433,13 @@ def known_answer(config, centered=False):
     It is the loss of a tiny GPT on a fixed row of ids. Its sizes are fixed and its
     weights follow from a formula; all other fields are those of config. Another
     activation, mask, norm, scale or order of operations gives another number, and
-    weights that were trained before the change are of no use after it. Checkpoints
-    store the number, so that such a change is noticed. (A window of attention is
-    noticed if it is below 512 tokens.) centered moves the logits first, as
-    center_logits does.
+    weights that were trained before the change compute something else after it.
+    Checkpoints store the number, so that such a change is noticed. Three kinds of
+    change are not: a window of attention of 512 tokens or more, what acts in training
+    only, such as dropout, and what acts on a GPU or with caches only. With centered,
+    the logits are moved first, as center_logits does.
     """
+    # (A fork may share keys between heads: 12 of them make groups of 2, 3, 4 or 6.)
     config = replace(
         config, vocab_size=61, block_size=512, n_layer=2, n_head=12, n_embd=48)
     with torch.random.fork_rng(devices=[]):  # drawing weights must not change a run
@@ -445,7 +459,7 @@ def same_answer(a, b):
 
 
 def move_mean(model):
-    """Takes the mean of wte's rows from each of them, and adds it to each row of wpe."""
+    """Subtracts the mean row of wte from each of its rows, and adds it to each of wpe."""
     mean = model.wte.weight.mean(dim=0)  # (C,)
     model.wte.weight -= mean
     model.wpe.weight += mean
@@ -456,10 +470,11 @@ def center_logits(model):
     """Moves the logits of a model to around 0, for 16 bits. Returns whether it did.
 
     OpenAI's logits lie far below 0. There bfloat16 has steps of 0.25 (from -32 on) or
-    0.5 (from -64 on), so likely tokens get equal logits. Taking the same row from all
-    rows of wte lowers or raises all logits of a position alike, which softmax ignores.
-    What the blocks read, wte + wpe, stays the same, since wpe gets that row. If the
-    code has changed so that this is no longer true, the weights are left alone.
+    0.5 (from -64 on), so likely tokens get equal logits. Subtracting the same row from
+    all rows of wte changes all logits of a position by the same amount, which softmax
+    ignores. What the blocks read, wte + wpe, stays the same, since that row is added
+    to wpe. If the code has changed so that this is no longer true, the weights are
+    left alone.
     """
     config = model.config
     if not (hasattr(model, "wpe") and same_answer(
@@ -474,16 +489,23 @@ def center_logits(model):
 def with_weights(config, weights):
     """Returns a GPT that holds these tensors, {name: tensor}, without copying them.
 
-    Parameters are made on the meta device, where tensors have a shape but no memory,
-    so no time goes into random numbers. Buffers are made as usual. Raises RuntimeError
-    if a name is missing or unknown, or if a tensor has another shape.
+    While the GPT is built, a hook puts each new parameter on the meta device, where
+    tensors have a shape but no memory, so no time goes into random numbers. Buffers
+    are made as usual. Raises RuntimeError if a name is missing or unknown, or if a
+    tensor has another shape.
     """
     hook = nn.modules.module.register_module_parameter_registration_hook(
-        lambda module, name, p: nn.Parameter(p.to("meta"), p.requires_grad))
+        lambda module, name, p:
+            p if p.is_meta else nn.Parameter(p.to("meta"), p.requires_grad))
     try:
         model = GPT(config)
     finally:
         hook.remove()
+    # A parameter with two names, as where a fork ties two matrices, must stay one.
+    shared = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if name in weights:
+            weights[name] = shared.setdefault(p, nn.Parameter(weights[name], p.requires_grad))
     model.load_state_dict(weights, assign=True)
     return model
 
@@ -521,7 +543,9 @@ DATA_DIR = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data")
 PATTERN = (r"'(?:[sdmt]|ll|ve|re)"  # the ending of an English word, as in it's
            r"| ?\p{L}++| ?\p{N}++"  # a word or a number, with the space before it
            r"| ?[^\s\p{L}\p{N}]++"  # punctuation, with the space before it
-           r"|\s++$|\s+(?!\S)|\s")  # white space, but its last space belongs to a word
+           # White space: all of it at the end of the text; else all but its last
+           # character, which may belong to the word that follows; else one character.
+           r"|\s++$|\s+(?!\S)|\s")
 
 
 def byte_spelling():
@@ -595,14 +619,14 @@ def decode_utf8(data, name, offset=0):
     """Returns the text of data, with \\n as line ends and without byte-order marks.
 
     data are the bytes at offset of the file `name`. Raises InputError if they are not
-    UTF-8. A byte of 0 is refused too, since UTF-16 is full of them.
+    UTF-8. A byte of 0 is refused too: it is no text, and UTF-16 is full of them.
     """
     try:
         text = data.decode()
         place = offset + data.find(b"\0") if 0 in data else None
     except UnicodeDecodeError as error:
         place = offset + error.start
-    raise_unless(place is None, f"{name}: byte {place} is not UTF-8; save it as UTF-8")
+    raise_unless(place is None, f"{name}: byte {place} is not UTF-8 text; save it as UTF-8")
     return text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -615,7 +639,8 @@ def read_text(path):
     """Yields the text of a file, or of all .txt files in a folder, in parts of 256 kB.
 
     The parts encode to the same ids as the whole, because each new part begins with
-    white space, and a token has white space only at its beginning. Raises InputError.
+    white space, and no piece of PATTERN has white space behind any other
+    character. Raises InputError.
     """
     rest = ""
     names = text_files(path)
@@ -670,7 +695,7 @@ def save_checkpoint(path, model, **state):
             # Read it before it replaces the last one. weights_only refuses what is no
             # plain type: a NumPy number, say, would make the file useless.
             file.flush()
-            torch.load(file.name, weights_only=True, mmap=True)
+            torch.load(file.name, weights_only=True, mmap=True, map_location="meta")
 
 
 def load_checkpoint(path, verify=False):
@@ -694,12 +719,9 @@ def load_checkpoint(path, verify=False):
         config = state.pop("config")
         V = config["vocab_size"]
         raise_unless(257 <= V <= 50257, f"its vocab_size is {V}, not 257 to 50257")
-        # torch.compile puts _orig_mod. before each name, and some programs save it.
-        weights = {name.removeprefix("_orig_mod."): weight
-                   for name, weight in state.pop("model").items()}
         config = GPTConfig(**config)
     with reraise_as_input_error(f"{path} does not fit GPT", RuntimeError):
-        model = with_weights(config, weights).eval()
+        model = with_weights(config, state.pop("model")).eval()
     if not same_answer(state.setdefault("known_answer", GPT2_ANSWER),
                        known_answer(config)):
         print(f"warning: {path} is from code that computes something else than gpt.py",

@@ -10,7 +10,8 @@ train.py --init_from.
 
 OpenAI's weights are in one file that TensorFlow's Saver wrote: float32 numbers, one
 variable after the other, sorted by name, without gaps. Names and shapes follow from the
-sizes in hparams.json, and so does the size of the file: 497,759,232 bytes for 124M.
+sizes in hparams.json, and so does the size of the file: 497,759,232 bytes for 124M. (The
+tests make small files of this kind. The real ones have not been converted yet.)
 """
 import http.client
 import json
@@ -58,8 +59,9 @@ def transposed(name, weight):
     """Returns the weight of a linear layer transposed, and any other parameter as it is.
 
     OpenAI and Hugging Face store [in, out], and we, as PyTorch does, [out, in].
-    Whoever forgets it fails on the shapes, except on that of attn/c_proj: this matrix
-    is square, so the model would load, run, and write nonsense.
+    A transposition that is forgotten gives an error about a shape, except for
+    attn/c_proj. That matrix is square, so if it alone were forgotten, the model would
+    load, run, and write nonsense.
     """
     return (weight.T if openai_name(name).endswith("/w") else weight).contiguous()
 
@@ -132,7 +134,7 @@ def read_hugging_face(folder):
     """Returns the GPTConfig of Hugging Face's files and {our name: tensor as it is stored}."""
     path = os.path.join(folder, "config.json")
     config, content = read_config(path, HUGGING_FACE)
-    for name, allowed in {"model_type": ("gpt2",), "add_cross_attention": (False,),
+    for name, allowed in {"model_type": ("gpt2",),
                           "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
                           "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,),
                           "scale_attn_by_inverse_layer_idx": (False,)}.items():
@@ -181,7 +183,9 @@ def fetch(url, path):
     """Downloads url to path.part, from where an earlier try stopped, and then renames it."""
     part = path + ".part"
     with open(part, "ab") as file:
-        done = max(0, file.tell() - 1)  # one less, since servers refuse to send no bytes
+        # Ask for the last byte once more. If the file is complete already, a server
+        # would answer a request for nothing with an error.
+        done = max(0, file.tell() - 1)
         request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"})
         with urllib.request.urlopen(request, timeout=60) as response:
             if "html" in response.headers.get("Content-Type", ""):

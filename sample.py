@@ -62,7 +62,7 @@ if os.path.isdir(path):
 raise_unless(os.path.exists(path), f"no {path}: run train.py or load_gpt2.py first")
 model, state = load_checkpoint(path)
 device, dtype = choose_device(args.device, args.dtype or ("float32" if args.score else "auto"))
-model.float()  # a file may hold 16 bits, but the logits are centered with 32
+model.float()  # a file may hold 16 bits, but center_logits computes in 32
 if dtype != torch.float32:
     center_logits(model)
 model.to(device, dtype)
@@ -108,8 +108,8 @@ limit = model.config.block_size
 if len(ids) > limit:
     print(f"warning: the prompt has {len(ids)} tokens, and the model reads the last {limit}; "
           f"after the first new token it keeps {limit // 2}", file=sys.stderr)
-# In GPT-2's training <|endoftext|>, the last id, stood before each document. So it is
-# the empty prompt.
+# In GPT-2's training <|endoftext|>, the last id, stood between the documents, and what
+# follows it is the beginning of one. So it is the empty prompt.
 idx = torch.tensor([ids or [V - 1]], device=device)  # (1, T)
 idx = idx.expand(args.num_samples, -1)  # (B, T)
 stop_token = V - 1 if args.stop else None

@@ -6,7 +6,8 @@
     torchrun --nproc_per_node=4 train.py ...           one run on four GPUs
 
 The file is a script: it runs from its first line to its last, and each function stands
-where it is first needed. Read gpt.py first.
+in the part that needs it. Read gpt.py first. If you want the heart of it, look for "One
+more step" near the end.
 """
 import argparse
 import csv
@@ -26,18 +27,20 @@ import torch
 import torch.distributed as dist
 
 from gpt import (
-    DATA_DIR, DTYPES, GPT, GPTConfig, atomic_write, catch_signals, center_logits, choose_device,
-    command, encode, generate, get_tokenizer, load_checkpoint, number,
+    DATA_DIR, DTYPES, GPT, GPTConfig, InputError, atomic_write, catch_signals, center_logits,
+    choose_device, command, encode, generate, get_tokenizer, load_checkpoint, number,
     raise_unless, read_text, reraise_as_input_error, save_checkpoint, show_progress,
     start_script, text_files, token_bytes, with_weights)
 
 # torchrun starts this script several times, usually once for each GPU. It tells each
 # process how many there are (WORLD_SIZE), which of them it is (RANK), and which it is
-# on its own machine (LOCAL_RANK). Without torchrun there is one process, number 0.
+# on its own machine (LOCAL_RANK). Without torchrun there is one process, number 0, and
+# whatever is said about processes may be skipped.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
-RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD_SIZE > 1 else 0
-if RANK > 0:
+RANK, LOCAL_RANK = 0, 0
+if WORLD_SIZE > 1:
+    RANK, LOCAL_RANK = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+if RANK:
     sys.stdout = open(os.devnull, "w")  # process 0 prints for all
 
 
@@ -50,6 +53,7 @@ def real_path(path):
 
 
 parser = start_script(__doc__)
+# What a flag may be: an int from 1 or from 0 on, a float from 0 on or below 1.
 count, steps = number(int, 1), number(int, 0)
 rate, beta = number(float, 0), number(float, 0, 0.9999)
 
@@ -82,7 +86,7 @@ training = parser.add_argument_group("training").add_argument
 training("--max_iters", type=steps, default=150,
          help="steps of the whole run (default: %(default)s)")
 training("--batch_size", type=count, default=2,
-         help="windows in a micro-batch (default: %(default)s)")
+         help="windows in a micro-batch, computed together (default: %(default)s)")
 training("--gradient_accumulation_steps", type=count, default=1,
          help="micro-batches of each process in a step (default: %(default)s)")
 # (nanoGPT counts those of all processes.)
@@ -129,9 +133,10 @@ ckpt_path = os.path.join(args.out_dir, "ckpt.pt")
 best_path = os.path.join(args.out_dir, "best.pt")
 plot_path = os.path.join(args.out_dir, "loss.png")
 if RANK == 0:
-    # Two runs in one folder would overwrite each other's files. The lock is held while
-    # its name lives, and the system drops it when this process ends. (A second %run in
-    # a notebook has the singleton already.)
+    # Two runs in one folder would overwrite each other's files. This process holds the
+    # lock as long as the variable `lock` exists, and the system drops it when the
+    # process ends. is_singleton is for a notebook: a second %run of this script in the
+    # same process gets the lock that the first one holds.
     with reraise_as_input_error(
             f"--out_dir={args.out_dir} is not writable, or another train.py uses it", OSError):
         os.makedirs(args.out_dir, exist_ok=True)
@@ -140,8 +145,10 @@ if RANK == 0:
     raise_unless(args.resume or not os.path.exists(ckpt_path),
                  f"{ckpt_path} holds a run: give --resume, another --out_dir, or delete it")
 
-# ---- 3. The model --------------------------------------------------------------------
+# ---- 3. The model, and the last settings ---------------------------------------------
 
+# The flags are parsed twice. Now we know which checkpoint to load, if any. Its flags
+# become the parser's defaults, and the second time what was typed wins over them.
 state = {}  # what ckpt.pt says about a run that continues
 if args.resume:
     model, state = load_checkpoint(ckpt_path, verify=RANK == 0)
@@ -152,33 +159,35 @@ elif args.init_from:
     block_size = min(args.block_size, model.config.block_size)
     parser.set_defaults(
         **vars(model.config) | {"block_size": block_size, "dropout": args.dropout})
+args = parser.parse_args()
+config = GPTConfig(**{name: getattr(args, name) for name in vars(GPTConfig())})
+
+if args.resume or args.init_from:
+    for name in ("vocab_size", "n_layer", "n_head", "n_embd"):
+        value = getattr(model.config, name)
+        raise_unless(getattr(args, name) == value,
+                     f"--{name}={getattr(args, name)} does not fit the weights: {value}")
+    # A window may be shorter than the model's block_size. Its other positions stay.
+    raise_unless(args.block_size <= model.config.block_size,
+                 f"--block_size={args.block_size}: the model has {model.config.block_size}")
+    config = dataclasses.replace(config, block_size=model.config.block_size)
+    # A model with the other fields as they are now, such as dropout, takes over the
+    # tensors, as float32.
+    model = with_weights(config, model.float().state_dict())
 else:
     raise_unless(args.n_embd % args.n_head == 0,
                  f"--n_embd={args.n_embd} is no multiple of --n_head={args.n_head}")
     torch.manual_seed(args.seed)
-    model = GPT(GPTConfig(
-        **{name: getattr(args, name) for name in vars(GPTConfig())}))
-args = parser.parse_args()  # again, for a flag that was typed wins over the checkpoint's
+    model = GPT(config)
 
-if args.resume or args.init_from:
-    for name, value in vars(model.config).items():
-        fits = name in ("block_size", "dropout") or getattr(args, name) == value
-        raise_unless(fits, f"--{name}={getattr(args, name)} does not fit the weights: {value}")
-    # A window may be shorter than the model's block_size. Its other positions stay.
-    raise_unless(args.block_size <= model.config.block_size,
-                 f"--block_size={args.block_size}: the model has {model.config.block_size}")
-    # A model with this run's dropout takes over the tensors, as float32.
-    model = with_weights(dataclasses.replace(model.config, dropout=args.dropout),
-                         model.float().state_dict())
-
-# What was not typed follows from other flags. It is computed at each start, not saved.
-# The wider a model, the lower its best rate: about as 1 / n_embd.
-learning_rate = args.learning_rate or 4e-4 * 768 / model.config.n_embd
+# The defaults of these four follow from other flags, so they are computed at each start
+# and not saved. The wider a model, the lower its best rate: about as 1 / n_embd.
+learning_rate = args.learning_rate or 4e-4 * 768 / config.n_embd
 min_lr = learning_rate / 10 if args.min_lr is None else args.min_lr
 lr_decay_iters = args.max_iters if args.lr_decay_iters is None else args.lr_decay_iters
 eval_interval = args.eval_interval or max(1, args.max_iters // 5)
 
-# ckpt.pt keeps the flags of the run, and --resume says which of them are others now.
+# ckpt.pt keeps the flags of the run, and --resume says which of them are different now.
 settings = {name: value for name, value in vars(args).items()
             if name not in ("resume", "out_dir")}
 settings["processes"] = WORLD_SIZE
@@ -221,12 +230,15 @@ def gather(value):
 
 # ---- 5. The text ---------------------------------------------------------------------
 
+T, V = args.block_size, config.vocab_size  # as in gpt.py: tokens in a window, in all
+texts = {}  # for ckpt.pt: {path: the hash of its tokens, and its files' sizes and dates}
+
 
 def write_tokens(path, bin_path):
     """Encodes the text at path into bin_path as uint16, two bytes a token."""
     with atomic_write(bin_path) as file:
         for text in read_text(path):
-            ids = encode(text, model.config.vocab_size)
+            ids = encode(text, V)
             file.write(np.array(ids, dtype=np.uint16))
             show_progress(f"{file.tell() // 2:,} tokens")
         raise_unless(file.tell() > 0, f"{path}: there is no text in it")
@@ -249,14 +261,15 @@ def load_tokens(flag):
         elif stat and stat != known["stat"]:
             print(f"{path} has changed; the run continues with the tokens in {bin_path}")
     gather(None)  # the others wait here until process 0 has made the file
-    V = model.config.vocab_size
     with reraise_as_input_error(f"{bin_path} holds no uint16 tokens", OSError, ValueError):
         tokens = np.memmap(bin_path, dtype=np.uint16, mode="r")
-        # The upper half of each 32-bit integer would be 0. Ids below 256 are bytes, and
-        # a text of more than a few words has others, unless the vocabulary has none.
+        # Of 32-bit integers, read as uint16, every second number would be 0. The ids
+        # must fit the vocabulary too. Ids below 256 are bytes, and a vocabulary with
+        # merges gives any text some ids above, so a largest id that is low means
+        # another tokenizer, such as one of characters. (With few merges, less is asked.)
         raise_unless(len(tokens) < 9 or tokens[1:99:2].any(), "its integers are wider")
         raise_unless(path != bin_path or min(256, V - 257) <= tokens.max() < V,
-                     f"its largest id is {tokens.max()}, and vocab_size is {V}")
+                     f"its ids are not those of the {V} tokens of --vocab_size")
     digest = hashlib.sha256(tokens).hexdigest()
     raise_unless(not known or digest == known["hash"],
                  f"{path} is not this run's text, or {bin_path} is damaged and to be deleted")
@@ -264,9 +277,6 @@ def load_tokens(flag):
                  "the processes read different tokens; share --out_dir, or one .bin as --data")
     texts[path] = known or {"hash": digest, "stat": stat}
     return tokens
-
-
-texts = {}  # of each text ckpt.pt keeps its tokens' hash, and its files' sizes and dates
 train_tokens = load_tokens("data")
 if args.val_data:
     val_tokens = load_tokens("val_data")
@@ -275,7 +285,6 @@ if args.val_data:
                  f"--val_data={args.val_data} is part of --data; validate on another text")
 else:
     train_tokens, val_tokens = np.split(train_tokens, [len(train_tokens) * 9 // 10])
-T = args.block_size
 for part, purpose in ((val_tokens, "validate on"), (train_tokens, "train on")):
     raise_unless(len(part) > T, f"--block_size={T}: the {len(part)} tokens to {purpose} "
                  f"allow at most {max(len(part) - 1, 0)}")
@@ -286,13 +295,17 @@ print(f"{len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validat
 # AdamW (Loshchilov and Hutter, 2019) keeps two averages for each weight: of its
 # gradients and of their squares. A step moves the weight by the first divided by the
 # root of the second, times the learning rate, so all weights move about equally far.
-# Weight decay then shrinks each matrix and embedding by learning rate x weight_decay,
-# so a weight that no longer helps fades away. Biases and gains are few and need no
-# decay. To train a group at another rate, give it an "lr_scale".
-matrices = [p for p in model.parameters() if p.dim() >= 2]
-others = [p for p in model.parameters() if p.dim() < 2]
+# Weight decay makes each matrix and embedding smaller at each step, by the fraction
+# learning rate x weight_decay. A weight that no gradient keeps up fades away, so the
+# model fits the text with smaller weights, which works against learning it by heart.
+# Biases and gains are few and need no decay. Neither do the embeddings of positions:
+# where windows are shorter than the model's block_size, some get no gradient, and would
+# fade away. To train a group at another rate, give it an "lr_scale".
+decayed = {name: p for name, p in model.named_parameters()
+           if p.dim() >= 2 and name != "wpe.weight"}
+others = [p for name, p in model.named_parameters() if name not in decayed]
 optimizer = torch.optim.AdamW(
-    [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
+    [{"params": decayed.values()}, {"params": others, "weight_decay": 0.0}],
     betas=(args.beta1, args.beta2), weight_decay=args.weight_decay, fused=True)
 # Gradients below 6e-8 would be 0 in float16. The scaler multiplies the loss by a large
 # number, which makes all gradients larger, and divides them by it before they are used.
@@ -301,18 +314,20 @@ scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 # gradients, the sums x between the blocks, LayerNorm and the loss stay in float32.
 autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 if args.resume:
-    averages = state.pop("optimizer")["state"]  # its other half are flags of before
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": averages})
+    # Its other entry, param_groups, has the rates and betas of before. Today's count.
+    optimizer.load_state_dict(
+        optimizer.state_dict() | {"state": state.pop("optimizer")["state"]})
     if state["scaler"]:  # it is empty if the run was not in float16
         scaler.load_state_dict(state["scaler"])
 if args.compile is None:
     args.compile = device.type == "cuda" and importlib.util.find_spec("triton")
-# Both wrappers train the weights of model. DDP averages gradients over processes.
+# torch.compile and DDP wrap the model and train its weights. DDP averages the gradients
+# over the processes.
 wrapped = torch.compile(model) if args.compile else model
 if WORLD_SIZE > 1:
     wrapped = torch.nn.parallel.DistributedDataParallel(wrapped)
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}; a blind "
-      f"guess costs ln(vocab_size) = {math.log(model.config.vocab_size):.4f} nats a token")
+      f"guess costs ln(vocab_size) = {math.log(V):.4f} nats a token")
 
 # ---- 7. Schedule, batch, evaluation --------------------------------------------------
 
@@ -332,13 +347,14 @@ def get_lr(step):
     return min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-@functools.lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
+@functools.lru_cache(maxsize=3)  # epoch 0, and two where a batch reaches into the next
 def epoch_starts(epoch):
     """Returns where the windows of an epoch begin, in the order in which they are read.
 
     An epoch is one pass over the text, in windows of T tokens that lie side by side.
     Each epoch shifts them by an offset of its own. Otherwise a token would have the
-    same position and the same few tokens before it in every epoch.
+    same position, and see the same tokens before it, in every epoch. There is one
+    window fewer than would fit, so that there is room for the offset.
     """
     rng = np.random.default_rng((args.seed, epoch))
     n_windows = max(1, len(train_tokens) // T - 1)
@@ -350,9 +366,9 @@ def epoch_starts(epoch):
 def train_starts(step, micro_step):
     """Returns where the batch_size windows of a micro-batch of a step begin.
 
-    They follow from the flags and these two numbers, so a resumed run reads
-    what it would have read. (NumPy may draw other numbers in another
-    version: keep it within a run.)
+    They follow from the flags, the text and these two numbers, so a resumed
+    run reads what it would have read. (NumPy may draw other numbers in
+    another version: keep it within a run.)
     """
     micro_batches = args.gradient_accumulation_steps * WORLD_SIZE  # in a step
     first = (step * micro_batches + micro_step) * args.batch_size
@@ -380,7 +396,10 @@ class Interrupted(Exception):
 
 
 def stop_if_asked():
-    """Raises Interrupted in all processes at once, if one of them has caught a signal."""
+    """Raises Interrupted in all processes at once, if one of them has caught a signal.
+
+    `caught` is the list of signals that the loop below collects.
+    """
     if any(gather(len(caught))):
         raise Interrupted
 
@@ -407,11 +426,14 @@ def evaluate(tokens):
 
 # A loss in nats a token cannot be compared between vocabularies, because a longer
 # token says more. Bits a byte can be: they count what each byte of the text costs.
-bytes_of = np.array(token_bytes(model.config.vocab_size))  # (V,)
+bytes_of = np.array(token_bytes(V))  # (V,)
 targets = [val_tokens[start + 1 : start + T + 1] for start in eval_starts(val_tokens)]
 bytes_per_token = bytes_of[np.stack(targets)].mean().item()
 
 # ---- 8. The loop ---------------------------------------------------------------------
+
+# Two functions and what the loop keeps come first. The loop itself evaluates, prints
+# and saves when it is time, and then makes one more step.
 
 
 def save_run():
@@ -426,7 +448,7 @@ def save_run():
 
 
 def plot(log):
-    """Draws the losses over steps, with perplexity, exp(loss), on the right."""
+    """Draws the losses over the steps."""
     from matplotlib.figure import Figure
     figure = Figure(layout="constrained")
     axes = figure.subplots()
@@ -436,8 +458,6 @@ def plot(log):
         axes.plot(steps, [row[name] for row in rows], ".-", label=name)
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.legend()
-    axes.secondary_yaxis("right", functions=(np.exp, np.log)).set(
-        yscale="log", ylabel="perplexity")
     figure.savefig(plot_path)
 
 
@@ -445,7 +465,9 @@ step = state.get("step", 0)
 saved_at = state.get("step", -1)  # the step that ckpt.pt holds
 row = state.get("row", {"iter": 0, "tokens": 0})  # what the log says about the last step
 log = state.get("log", [])  # such rows; a resumed run makes those after the checkpoint again
-best = state.get("best", {"step": 0, "val_loss": math.inf})
+best = {"step": 0, "val_loss": math.inf}
+if state and state["texts"] == texts:  # losses on other texts cannot be compared
+    best = state["best"]
 columns = ("iter", "tokens", "loss", "train_loss", "val_loss", "val_bits_per_byte", "lr",
            "grad_norm", "tokens_per_s")
 log_csv = csv.DictWriter(
@@ -453,15 +475,15 @@ log_csv = csv.DictWriter(
          encoding="utf-8", newline="", buffering=1), columns, lineterminator="\n")
 log_csv.writeheader()
 log_csv.writerows(log)
-tokenizer = get_tokenizer(model.config.vocab_size)
-prompt = encode(args.start, model.config.vocab_size) or [model.config.vocab_size - 1]
+tokenizer = get_tokenizer(V)
+prompt = encode(args.start, V) or [V - 1]
 first_step, started = step, time.perf_counter()
 interrupted = False
 with catch_signals() as caught:
     try:
         while True:
-            # Here `step` steps are done. Evaluate and save, if it is time. A resumed
-            # run does not, if that was done before ckpt.pt was written.
+            # Here `step` steps are done. Evaluate and save, if it is time. At the
+            # start of a resumed run the log shows whether this row is there already.
             is_new = not log or log[-1]["iter"] < step
             is_last = step >= args.max_iters
             evaluating = is_new and (is_last or step % eval_interval == 0)
@@ -469,14 +491,12 @@ with catch_signals() as caught:
                 row["train_loss"], row["val_loss"] = map(evaluate, (train_tokens, val_tokens))
                 row["val_bits_per_byte"] = row["val_loss"] / math.log(2) / bytes_per_token
 
-            # Stop at a number that is not finite. In float16 that is a gradient now
-            # and then: the scaler leaves out the step and takes a smaller factor.
+            # Stop if a number is infinite or nan. In float16 a gradient alone may be,
+            # now and then: the scaler skips such a step and lowers its factor.
             bad = [name for name, value in row.items() if not math.isfinite(value)]
             if bad and not (scaler.is_enabled() and bad == ["grad_norm"]):
-                print(f"train.py: error: {bad[0]} is {row[bad[0]]} at step {step}; {ckpt_path} "
-                      f"still has step {saved_at}; a lower --learning_rate may help",
-                      file=sys.__stderr__, flush=True)
-                sys.exit(1)
+                raise InputError(f"{bad[0]} is {row[bad[0]]} at step {step}; {ckpt_path} still has "
+                                 f"step {saved_at}; a lower --learning_rate may help")
 
             if evaluating or (is_new and step % args.log_interval == 0):
                 log.append(row)
@@ -509,6 +529,8 @@ with catch_signals() as caught:
                                top_k=50, generator=torch.Generator().manual_seed(args.seed))
                 text = args.start + tokenizer.decode([token.item() for token in ids])
                 print("sample: " + text.replace("\n", " "))
+            elif evaluating:
+                saved_at = step  # process 0 has saved it
             if is_last:
                 break
 
@@ -524,21 +546,24 @@ with catch_signals() as caught:
                 # Dropout, too, depends on the flags and these numbers alone.
                 seed = np.random.default_rng((args.seed, step, micro_step)).integers(2**63)
                 torch.manual_seed(int(seed))
-                # Let DDP average the gradients only after the last micro-batch.
+                # Let DDP average the gradients only after the last micro-batch. A
+                # model without DDP does not look at this.
                 wrapped.require_backward_grad_sync = (
                     i == args.gradient_accumulation_steps - 1)
                 inputs, targets = get_batch(train_tokens, train_starts(step, micro_step))
                 with autocast:
                     micro_loss = wrapped(inputs, targets) / args.gradient_accumulation_steps
-                # backward adds the slope of the loss by each weight to that weight's
-                # gradient. After all micro-batches it is that of their mean loss.
+                # backward computes how fast micro_loss changes with each weight, and
+                # adds that slope to the weight's .grad. Each micro_loss is a fraction
+                # of the mean loss, so in the end .grad has the slope of the mean. (The
+                # scaler changes nothing unless dtype is float16.)
                 scaler.scale(micro_loss).backward()
                 loss += micro_loss.detach()
             scaler.unscale_(optimizer)
-            # Shorten a long gradient: one odd batch must not throw the weights far.
+            # Shorten a long gradient: one odd batch must not throw the weights far off.
             grad_norm = torch.nn.utils.clip_grad_norm_(
                 model.parameters(), args.grad_clip or math.inf)
-            scaler.step(optimizer)  # AdamW moves the weights
+            scaler.step(optimizer)  # AdamW moves the weights against the gradient
             scaler.update()
             optimizer.zero_grad()
             step += 1
@@ -556,7 +581,7 @@ with catch_signals() as caught:
 # ---- 9. What next --------------------------------------------------------------------
 
 if WORLD_SIZE > 1:
-    dist.barrier()  # process 0 may still be saving, and must not lose the others
+    dist.barrier()  # process 0 may still be saving, and fails if the others are gone
     dist.destroy_process_group()
 resume = command("train.py", "--resume", f"--out_dir={args.out_dir}")
 if interrupted:
