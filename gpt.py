@@ -1,8 +1,8 @@
 """GPT-2: token ids in, scores for the next token out.
 
 The model comes first, then the choice of the next token. If you want to understand
-GPT-2, you can stop there. Behind them stand a faster dropout, what keeps the numbers
-right, text and tokens, checkpoints, and what the scripts share.
+GPT-2, you can stop there. A faster dropout, what keeps the numbers right, text and
+tokens, checkpoints, and what the scripts share come after them.
 
 The shape of each tensor stands beside it:
     B  sequences in a batch        C  channels: numbers that describe a token (n_embd)
@@ -81,11 +81,14 @@ def attend(q, k, v, dropout_p=0.0):
     B, H, T, D = q.shape
     S = k.shape[2]
     if q.device.type == "cuda":
-        # On a GPU, PyTorch's kernel, a program made for that hardware, computes
-        # the same without storing the scores. The mask built into it takes the
-        # first query for that of the first token, so it is right only for
-        # T = S. If you change causal_mask, set built_in to False, or training
-        # on a GPU will not see your mask.
+        # An NVIDIA GPU computes the formula below with PyTorch's kernel, a
+        # program made for that hardware, without storing the scores. The mask
+        # built into the kernel is right if the first query is that of the first
+        # token. Behind cached tokens it is that of token S - T, so there the
+        # kernel gets our own mask. If you change causal_mask, write built_in =
+        # False, or training on a GPU will not see your mask. All other devices
+        # take the formula in training, evaluation and generation, so one change
+        # of it is enough. (On Macs, the kernel has returned wrong values.)
         built_in = T == S
         mask = None if built_in else causal_mask(q, S)
         return F.scaled_dot_product_attention(
@@ -149,23 +152,25 @@ def make_caches(model, batch_size):
 class CausalSelfAttention(nn.Module):
     """Lets each token gather information from itself and the tokens before it.
 
-    One head can weigh the past in only one way. H heads weigh it in H ways with
-    as many products, because each has only D = C / H channels. OpenAI wrote
-    linear layers as convolutions that are one token wide: the c_ in c_attn,
-    c_proj and c_fc is from there.
+    One head can weigh the past in only one way. H heads weigh it in H ways, and need
+    no more multiplications than one head of C channels, because each of them has only
+    D = C / H. OpenAI wrote linear layers as convolutions that are one token wide: the
+    c_ in c_attn, c_proj (projection) and c_fc (fully connected) is from there.
     """
 
     def __init__(self, config):
         super().__init__()
         C, H = config.n_embd, config.n_head
-        assert C % H == 0, f"n_embd={C} is no multiple of n_head={H}"
+        assert C % H == 0, f"n_embd={C} is not a multiple of n_head={H}"
         self.n_head = H
         self.dropout_p = config.dropout
         self.c_attn = linear(C, 3 * C)  # makes q of all heads, then all k, then all v
-        # c_proj mixes what the heads have found. Block adds its result to x, and
-        # that of the MLP's c_proj too. These are 2 n_layer results in all, and
-        # their variances add up. With weights that start sqrt(2 n_layer) times
-        # smaller, all of them together vary only as much as one otherwise would.
+        # Each head has found something in D channels of its own. c_proj mixes
+        # them, so that each of the C channels of x can receive from all heads.
+        # Block adds its result to x, and that of the MLP's c_proj too: 2 n_layer
+        # results in all. If each had the variance v, their sum would have 2
+        # n_layer times v. Weights that start sqrt(2 n_layer) times smaller bring
+        # the sum back to v.
         self.c_proj = linear(C, C, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x, cache=None):
@@ -176,13 +181,18 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # each (B, H, S, D)
         y = attend(q, k, v, self.dropout_p if self.training else 0.0)  # (B, H, T, D)
-        # The heads stand side by side again, and a y in float32 becomes 16 bits again.
+        # The heads stand side by side again. (attend may have computed in float32 for
+        # T = 1. c_proj needs the dtype of the other layers.)
         y = y.transpose(1, 2).reshape(B, T, C)
         return dropout(self.c_proj(y.to(qkv.dtype)), self.dropout_p, self.training)
 
 
 class MLP(nn.Module):
-    """A multilayer perceptron: each token by itself, to 4C channels and back to C."""
+    """A multilayer perceptron, which transforms each token by itself.
+
+    Attention only moves information between tokens. The MLP works with what a token
+    has gathered. It has 4C channels inside, and two thirds of a block's parameters.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -227,8 +237,8 @@ class GPT(nn.Module):
     """Embeddings, n_layer blocks, and an output layer that is the token embedding again.
 
     An embedding is a table with a learned vector for each token, or for each position.
-    The score of a query and a key does not depend on where their tokens stand, so the
-    vector of its position is added to that of each token.
+    The score of a query and a key does not depend on where two tokens stand. So each
+    token's vector gets the vector of its position added.
 
     Using the table of tokens twice is called weight tying (Press and Wolf, 2017). It
     saves V x C parameters, and what a token means as input helps to predict it as
@@ -251,8 +261,7 @@ class GPT(nn.Module):
         idx (B, T) int64 has token ids. With targets (B, T) int64, the tokens that
         really came next, it returns the loss instead: the mean of -ln(p), where p is
         the probability that the model gave to a target. The loss is a float32 scalar,
-        and its unit is the nat, which is to ln what the bit is to log2. Targets of -100
-        are left out, which serves those who want no loss on, say, a prompt.
+        and its unit is the nat, which is to ln what the bit is to log2.
 
         With caches, one KVCache for each layer, idx holds only the tokens that follow
         the cached ones, and the caches grow by them. Then only the last token gets
@@ -271,8 +280,9 @@ class GPT(nn.Module):
         if targets is None:
             return logits
         assert caches is None and targets.shape == idx.shape, "targets need idx's shape"
-        # train.py computes the logits in 16 bits where that is faster. The loss adds
-        # up thousands of exponentials, so it is always computed in 32 bits.
+        # cross_entropy computes the softmax, and -ln of it at the targets. train.py
+        # computes the logits in 16 bits where that is faster, but the softmax adds up
+        # thousands of exponentials, so it is always computed in 32 bits.
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
@@ -343,13 +353,13 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 
 @torch.inference_mode()
 def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
-    """Returns the likeliest continuation of idx that it finds, (n,) int64.
+    """Returns the best continuation of idx that it finds, (n,) int64.
 
-    idx (1, T) int64 is the prompt. A beam is a continuation that may win. Each step
-    extends every beam by every token and keeps the N = num_beams likeliest results.
-    The likeliest one that ends with stop_token is put aside. At the end, the
-    likeliest beam and all that were put aside are compared by the mean
-    log-probability of their tokens.
+    The best one has the highest mean log-probability of its tokens. idx (1, T) int64
+    is the prompt. A beam is a continuation that may win. Each step extends every beam
+    by every token. Of the results that end with stop_token, it puts the likeliest
+    aside. Of the others, the N = num_beams likeliest are the next beams. At the end,
+    the likeliest beam is compared with all that were put aside.
     """
     V = model.config.vocab_size
     caches = make_caches(model, num_beams)
@@ -368,7 +378,7 @@ def beam_search(model, idx, max_new_tokens, num_beams, stop_token=None):
             totals[:, stop_token] = -math.inf  # what has ended is not extended
         # The index of beam b and token t in the flattened totals is b * V + t.
         scores, indices = totals.flatten().topk(num_beams)  # both (N,)
-        parents = indices // V  # (N,), the beams that are extended; some are not
+        parents = indices // V  # (N,): which old beam each new one extends
         unseen = indices[:, None] % V  # (N, 1), the tokens that extend them
         beams = torch.cat((beams[parents], unseen), dim=1)
         for cache in caches:  # a new beam continues with its parent's keys and values
@@ -399,7 +409,7 @@ def score(model, ids):
 
 
 def dropout(x, p, training=True):
-    """Returns what F.dropout returns. On a CPU it draws fewer random numbers.
+    """Dropout, as F.dropout does it. On a CPU it draws fewer random numbers.
 
     While training, each element of x becomes 0 with probability p, and the others are
     scaled up by 1 / (1 - p), so that their mean stays. The model therefore cannot rely
@@ -434,12 +444,14 @@ def known_answer(config, centered=False):
     weights follow from a formula; all other fields are those of config. Another
     activation, mask, norm, scale or order of operations gives another number, and
     weights that were trained before the change compute something else after it.
-    Checkpoints store the number, so that such a change is noticed. Three kinds of
-    change are not: a window of attention of 512 tokens or more, what acts in training
-    only, such as dropout, and what acts on a GPU or with caches only. With centered,
-    the logits are moved first, as center_logits does.
+    Checkpoints store the number, so that such a change is noticed. Some changes leave
+    the number as it is, and are not noticed: a window of attention of 512 tokens or
+    more, what acts in training only (such as dropout), what acts on a GPU or with
+    caches only, and what acts from the third layer on or at other sizes only. With
+    centered, the logits are moved first, as center_logits does.
     """
-    # (A fork may share keys between heads: 12 of them make groups of 2, 3, 4 or 6.)
+    # n_head is 12 because 2, 3, 4 and 6 divide it: a fork whose heads share keys in
+    # groups must be able to build this model too.
     config = replace(
         config, vocab_size=61, block_size=512, n_layer=2, n_head=12, n_embd=48)
     with torch.random.fork_rng(devices=[]):  # drawing weights must not change a run
@@ -469,8 +481,8 @@ def move_mean(model):
 def center_logits(model):
     """Moves the logits of a model to around 0, for 16 bits. Returns whether it did.
 
-    OpenAI's logits lie far below 0. There bfloat16 has steps of 0.25 (from -32 on) or
-    0.5 (from -64 on), so likely tokens get equal logits. Subtracting the same row from
+    OpenAI's logits lie far below 0. There bfloat16 has steps of 0.25 (below -32) or
+    0.5 (below -64), so likely tokens get equal logits. Subtracting the same row from
     all rows of wte changes all logits of a position by the same amount, which softmax
     ignores. What the blocks read, wte + wpe, stays the same, since that row is added
     to wpe. If the code has changed so that this is no longer true, the weights are
@@ -494,15 +506,17 @@ def with_weights(config, weights):
     are made as usual. Raises RuntimeError if a name is missing or unknown, or if a
     tensor has another shape.
     """
-    hook = nn.modules.module.register_module_parameter_registration_hook(
-        lambda module, name, p:
-            p if p.is_meta else nn.Parameter(p.to("meta"), p.requires_grad))
+    def to_meta(module, name, p):
+        """Is called whenever a module gets a parameter, which its result replaces."""
+        return p if p.is_meta else nn.Parameter(p.to("meta"), p.requires_grad)
+
+    hook = nn.modules.module.register_module_parameter_registration_hook(to_meta)
     try:
         model = GPT(config)
     finally:
         hook.remove()
-    # A parameter with two names, as where a fork ties two matrices, must stay one.
-    shared = {}
+    # If a fork gives one parameter two names, to tie two matrices, it must stay one.
+    shared = {}  # {parameter on the meta device: the one that replaces it}
     for name, p in model.named_parameters(remove_duplicate=False):
         if name in weights:
             weights[name] = shared.setdefault(p, nn.Parameter(weights[name], p.requires_grad))
@@ -514,7 +528,7 @@ def with_weights(config, weights):
 
 
 class InputError(ValueError):
-    """The user's mistake, told in one line. Our own mistakes are asserts."""
+    """The user's mistake, reported in one line. Our own mistakes are asserts."""
 
 
 def raise_unless(condition, message):
@@ -538,13 +552,14 @@ def reraise_as_input_error(message, *kinds):
 
 DATA_DIR = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data")
 # A text is first cut into pieces, and no token spans two of them. These are the pieces
-# of GPT-2; the spelling with ++, which makes long runs fast by never stepping back,
-# follows tiktoken's.
+# of GPT-2. They are spelled with ++ as tiktoken spells them, which makes long runs fast,
+# because the search never backtracks.
 PATTERN = (r"'(?:[sdmt]|ll|ve|re)"  # the ending of an English word, as in it's
            r"| ?\p{L}++| ?\p{N}++"  # a word or a number, with the space before it
            r"| ?[^\s\p{L}\p{N}]++"  # punctuation, with the space before it
-           # White space: all of it at the end of the text; else all but its last
-           # character, which may belong to the word that follows; else one character.
+           # White space at the end of the text is one piece. Before a word, a run of it
+           # is one piece without its last character, which goes to the word if it is
+           # a space. What is left over, such as a single line end, is a piece.
            r"|\s++$|\s+(?!\S)|\s")
 
 
@@ -585,7 +600,7 @@ def vocabulary(vocab_size):
 
 @functools.lru_cache
 def get_tokenizer(vocab_size=GPTConfig.vocab_size):
-    """Returns the byte-pair encoding with so many tokens, a tiktoken.Encoding.
+    """Returns the byte-pair encoding with vocab_size tokens, a tiktoken.Encoding.
 
     257 tokens are the bytes and <|endoftext|>; 50,257 are GPT-2's. Encoding joins the
     pair of neighbours that makes the token with the lowest id, again and again, until
@@ -638,9 +653,9 @@ def text_files(path):
 def read_text(path):
     """Yields the text of a file, or of all .txt files in a folder, in parts of 256 kB.
 
-    The parts encode to the same ids as the whole, because each new part begins with
-    white space, and no piece of PATTERN has white space behind any other
-    character. Raises InputError.
+    The parts encode to the same ids as the whole: each new part begins with white space
+    (or <|endoftext|>), and in every piece of PATTERN white space stands only at the
+    beginning, so no piece is cut in two. Raises InputError.
     """
     rest = ""
     names = text_files(path)
@@ -687,12 +702,12 @@ def save_checkpoint(path, model, **state):
 
     Raises InputError if writing fails.
     """
-    state |= {"config": asdict(model.config), "model": model.state_dict(),
-              "known_answer": known_answer(model.config)}
+    state = {"config": asdict(model.config), "model": model.state_dict(),
+             "known_answer": known_answer(model.config)} | state
     with reraise_as_input_error(f"{path} could not be written", RuntimeError):
         with atomic_write(path) as file:
             torch.save(state, file)
-            # Read it before it replaces the last one. weights_only refuses what is no
+            # Read it before it replaces the last one. weights_only refuses what is not a
             # plain type: a NumPy number, say, would make the file useless.
             file.flush()
             torch.load(file.name, weights_only=True, mmap=True, map_location="meta")
@@ -703,11 +718,11 @@ def load_checkpoint(path, verify=False):
 
     With verify the file is read as a whole and its checksums are compared.
     Without it the file is memory-mapped: its numbers are read when they are first
-    used. To replace the file is safe then, to write into it is not. Raises
-    InputError if the file is damaged, is no checkpoint, or does not fit GPT.
+    used. While the model lives, the file may be replaced, but not be written into.
+    Raises InputError if the file is damaged, is not a checkpoint, or does not fit GPT.
     Nothing that the file holds is executed.
     """
-    message = f"{path} cannot be read as a checkpoint; try another file"
+    message = f"{path} cannot be read as a checkpoint; train.py and load_gpt2.py make one"
     with reraise_as_input_error(message, Exception):
         if verify:
             raise_unless(zipfile.ZipFile(path).testzip() is None, "wrong checksum")
@@ -724,7 +739,7 @@ def load_checkpoint(path, verify=False):
         model = with_weights(config, state.pop("model")).eval()
     if not same_answer(state.setdefault("known_answer", GPT2_ANSWER),
                        known_answer(config)):
-        print(f"warning: {path} is from code that computes something else than gpt.py",
+        print(f"warning: {path} is from code that computes something other than gpt.py",
               file=sys.stderr)
     return model, state
 
@@ -733,8 +748,9 @@ def load_checkpoint(path, verify=False):
 
 
 def show_error(kind, error, trace):
-    """Tells an error: the user's mistakes in one line, Ctrl-C not at all."""
-    if issubclass(kind, (KeyboardInterrupt, BrokenPipeError)):  # its reader left
+    """Reports an error: the user's mistakes in one line, Ctrl-C not at all."""
+    # A broken pipe means that the program which read our output, say head, has ended.
+    if issubclass(kind, (KeyboardInterrupt, BrokenPipeError)):
         os._exit(130)
     if not issubclass(kind, InputError):
         return sys.__excepthook__(kind, error, trace)
@@ -761,8 +777,8 @@ def start_script(doc):
 def catch_signals():
     """Yields a list that gets each signal that asks this process to end, such as Ctrl-C.
 
-    A second one does what the first would have done without this. At the end of the
-    with block everything is as before.
+    A second signal is not caught: it does what it always does. At the end of the with
+    block everything is as before.
     """
     caught, before = [], {}
 
@@ -794,7 +810,11 @@ def number(kind, low, high=sys.float_info.max):
 
 
 def command(script, *flags):
-    """Returns a command for a script beside this one, to be pasted into any shell."""
+    """Returns a command for a script beside this one, to be pasted into a shell.
+
+    Plain words and double quotes suit all shells. A word with a quote or a dollar sign
+    in it gets single quotes, which cmd.exe does not know.
+    """
     def quote(word):
         if re.search(r'["$`!]', word):  # these mean something inside double quotes
             return shlex.quote(word)
@@ -828,7 +848,7 @@ def choose_device(device, dtype):
     native = False
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # PyTorch 2.7
+    elif device.type == "cpu":
         able = torch.cpu.get_capabilities()
         native = able.get("amx_bf16") or able.get("avx512_bf16")
     if dtype == "auto":

@@ -38,7 +38,7 @@ HUB_URL = "https://huggingface.co"
 HPARAMS = "hparams.json"
 DATA = "model.ckpt.data-00000-of-00001"
 WEIGHTS = "model.safetensors"
-EXPORT_PATH = os.path.join(DATA_DIR, "export.json")  # what each exported folder has alike
+EXPORT_PATH = os.path.join(DATA_DIR, "export.json")  # what all exported folders share
 # {field of GPTConfig: its name in Hugging Face's config.json}
 HUGGING_FACE = {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer",
                 "n_head": "n_head", "n_embd": "n_embd"}
@@ -118,9 +118,10 @@ def check_tokenizer(folder, vocab_size):
 
 
 def weight_files(folder):
-    """Returns the names of the files that hold a model's weights, as transformers does.
+    """Returns the names of the weight files that transformers would read.
 
-    A folder may hold other weights too, such as a backup. They are not read.
+    This is model.safetensors if it is there, and otherwise the parts that the index
+    file lists. A folder may hold other weights too, such as a backup.
     """
     index = os.path.join(folder, WEIGHTS + ".index.json")
     if (os.path.exists(os.path.join(folder, WEIGHTS))
@@ -162,7 +163,7 @@ def load_gpt2(folder):
     """Returns a GPT, float32 on the CPU, from a folder of OpenAI's or Hugging Face's files.
 
     Raises InputError for what is missing, misshapen, of another size, or not GPT-2.
-    Wrong numbers it cannot see.
+    It cannot see whether the numbers are right.
     """
     if os.path.exists(os.path.join(folder, HPARAMS)):
         config, weights = read_openai(folder)
@@ -228,7 +229,7 @@ def export(path, folder):
         config = model.config
         for answer in (state["known_answer"], known_answer(config)):
             raise_unless(same_answer(answer, GPT2_ANSWER),
-                         f"{path} computes something else than GPT-2; other tools do not know")
+                         f"{path} does not compute what GPT-2 does; other tools would run it so")
         end_of_text = config.vocab_size - 1
         contents = read_json(EXPORT_PATH)  # {file name: its content}
         ids = dict.fromkeys(("bos_token_id", "eos_token_id"), end_of_text)
@@ -271,9 +272,9 @@ if __name__ == "__main__":
         export(*map(os.path.expanduser, args.export))
         print(f"wrote {args.export[1]}")
         sys.exit()
-    folder = os.path.expanduser(args.source)
-    name = os.path.basename(os.path.abspath(folder))
-    url = ""  # from where to download
+    folder = os.path.expanduser(args.source)  # where the files are, or will be
+    name = os.path.basename(os.path.abspath(folder))  # of the checkpoint
+    url = ""  # from where to download, if the folder is not there
     is_new = not os.path.exists(folder)
     if is_new and folder in SIZES:
         url, names, name = f"{OPENAI_URL}/{name}", (HPARAMS, DATA), f"gpt2-{name}"
@@ -286,7 +287,8 @@ if __name__ == "__main__":
         download(url, names, folder)
     model = load_gpt2(folder)
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-    save_checkpoint(out, model, step=0)
+    # The weights are GPT-2's, whatever a fork computes with them.
+    save_checkpoint(out, model, step=0, known_answer=GPT2_ANSWER)
     # Weights in a wrong order would fit, but would not know English.
     V = model.config.vocab_size
     ids = torch.tensor([encode(SENTENCE, V)[: model.config.block_size + 1]])

@@ -49,7 +49,7 @@ flag("--stop", action=argparse.BooleanOptionalAction, default=True,
 flag("--device", default="auto",
      help="cuda, mps or cpu (default: the first that is found)")
 flag("--dtype", choices=DTYPES,
-     help="of the weights (default: auto, the fastest here; with --score float32)")
+     help="of the weights; auto: 16 bits where the hardware has them; --score: float32")
 args = parser.parse_args()
 raise_unless(not args.num_beams or (args.num_samples == 1 and not args.show),
              "--num_beams excludes --num_samples and --show")
@@ -59,13 +59,14 @@ raise_unless(not args.num_beams or (args.num_samples == 1 and not args.show),
 path = args.checkpoint
 if os.path.isdir(path):
     path = os.path.join(path, "ckpt.pt")
-raise_unless(os.path.exists(path), f"no {path}: run train.py or load_gpt2.py first")
 model, state = load_checkpoint(path)
 device, dtype = choose_device(args.device, args.dtype or ("float32" if args.score else "auto"))
 model.float()  # a file may hold 16 bits, but center_logits computes in 32
 if dtype != torch.float32:
     center_logits(model)
-model.to(device, dtype)
+model.to(device)
+for parameter in model.parameters():  # a fork's buffers, say angles, need 32 bits
+    parameter.data = parameter.data.to(dtype)
 print(f"{path}: step {state.get('step')}, {device}, {dtype}", file=sys.stderr)
 
 if args.score:
@@ -102,7 +103,7 @@ if args.score:
 # ---- Writing -------------------------------------------------------------------------
 
 if text[-1:].isspace():
-    print("warning: the prompt ends in white space, and most tokens begin with it",
+    print("warning: the prompt ends in white space, but most next tokens bring their own",
           file=sys.stderr)
 limit = model.config.block_size
 if len(ids) > limit:
@@ -137,8 +138,9 @@ started = time.perf_counter()
 if args.num_beams:
     raise_unless(len(ids) + args.max_new_tokens <= limit,
                  f"--num_beams: prompt and new tokens together exceed the model's {limit}")
-    found = beam_search(model, idx, args.max_new_tokens, args.num_beams, stop_token)  # (n,)
-    columns = found[:, None]  # (n, 1), as generate would have yielded them
+    # (n,), and as generate would have yielded it, (n, 1).
+    columns = beam_search(
+        model, idx, args.max_new_tokens, args.num_beams, stop_token)[:, None]
 else:
     columns = generate(model, idx, args.max_new_tokens, temperature=args.temperature,
                        top_k=args.top_k, top_p=args.top_p, stop_token=stop_token,

@@ -1,4 +1,4 @@
-"""The tests: `pytest test_gpt.py`. They need no network and no GPU, and three minutes.
+"""The tests: `pytest test_gpt.py`. They need no network and no GPU, and take three minutes.
 
 If you change the model, it is no longer GPT-2, and the tests that are marked `gpt2` will say
 so: delete those that your change is meant to break. `pytest -m "not gpt2" test_gpt.py` runs
@@ -59,7 +59,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
 for number in SIGNALS:  # `pytest &` in a script ignores SIGINT, and nohup ignores SIGHUP
     signal.signal(number, signal.default_int_handler)
 
-gpt2 = pytest.mark.gpt2  # what holds for GPT-2 alone, and not for a changed model
+gpt2 = pytest.mark.gpt2  # what holds for GPT-2 and this README, not for a changed model
 posix = pytest.mark.skipif(os.name == "nt", reason="signals, links and modes differ there")
 
 
@@ -73,7 +73,7 @@ def seed():
 
 
 def start(script, *flags, before=(), **options):
-    """Starts a script as a process of its own, behind the words of `before`."""
+    """Starts a script as a process of its own. `before` is put in front of the command."""
     command = [*before, sys.executable, os.path.join(HERE, script), *flags]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen(command, text=True, encoding="utf-8", **pipes | options)
@@ -156,7 +156,8 @@ def same_run(a, b):
 def tiny(seed=0, **changes):
     """Returns a small GPT in which every parameter is random and large enough to matter.
 
-    What it predicts depends on what it attends to more than on the last token.
+    With usual initial weights the prediction would depend almost only on the last
+    token, and a wrong attention would hardly show. Here it depends on the others too.
     """
     sizes = {"vocab_size": 61, "block_size": 16, "n_layer": 2, "n_head": 3, "n_embd": 12}
     torch.manual_seed(seed)
@@ -275,7 +276,7 @@ def near(ours, expected, within=1e-5):
 @pytest.mark.parametrize("dropout, training", [
     pytest.param(0.0, False, id="eval"),
     pytest.param(0.0, True, id="training"),
-    # The program takes another path then, though nothing is dropped.
+    # This takes the path of the fast dropout, which rounds such a p to 0.
     pytest.param(1e-9, True, id="training with hardly any dropout"),
 ])
 def test_logits_and_loss_equal_the_oracles(dropout, training):
@@ -294,6 +295,7 @@ def test_gradients_equal_the_slopes_of_the_oracles_loss():
     targets = random_ids(2, 9)
     model(idx, targets).backward()
     for name, parameter in model.named_parameters():
+        # The slope of the loss along a direction d is (L(w + hd) - L(w - hd)) / 2h.
         direction = torch.randn_like(parameter)
         parameter.data += 1e-4 * direction
         above = oracles(model, idx, targets)[1]
@@ -357,7 +359,7 @@ def test_the_loss_of_16_bit_logits_is_computed_in_32():
 
 
 @pytest.mark.parametrize("words, call", [
-    pytest.param("n_embd=12 is no multiple of n_head=5",
+    pytest.param("n_embd=12 is not a multiple of n_head=5",
                  lambda model, idx: tiny(n_head=5),
                  id="heads that do not divide n_embd"),
     pytest.param("17 tokens exceed block_size",
@@ -487,7 +489,11 @@ def test_a_window_of_4_tokens_is_another_computation(narrow, monkeypatch):
 
 
 class SaysCuda(torch.Tensor):
-    """A tensor in main memory that says it is on an NVIDIA GPU."""
+    """A tensor in main memory that says it is on an NVIDIA GPU.
+
+    attend then takes its branch for such a GPU and calls the kernel, which runs on the
+    CPU.
+    """
 
     device = torch.device("cuda")
 
@@ -1958,7 +1964,7 @@ def test_the_last_line_of_a_run_can_be_pasted(printed, capsys):
 
 
 def test_the_line_that_says_how_to_resume_can_be_pasted(printed, tmp_path):
-    line = printed[0].partition(" continues;")[0]
+    line = printed[0].removesuffix(" continues")
     python, script, *flags = shlex.split(line.replace("=N", "=1"))
     assert (python, script) == ("python", os.path.join(HERE, "train.py"))
     main("train.py", *flags)
@@ -2099,7 +2105,7 @@ def test_damaged_tokens_are_refused_and_made_again(copy, damage):
     path = copy / "data.bin"
     whole = path.read_bytes()
     path.write_bytes(whole[damage])
-    words = "data.bin is damaged and to be deleted|data.bin holds no uint16 tokens"
+    words = "data.bin is damaged: delete it|data.bin holds no uint16 tokens"
     refused(words, train_in, copy, "--resume")
     path.unlink()
     train_in(copy, "--resume")
@@ -2110,7 +2116,7 @@ def test_a_changed_token_is_refused(copy):
     tokens = np.memmap(copy / "data.bin", np.uint16, "r+")
     tokens[1000] += 1
     tokens.flush()
-    refused("data.bin is damaged and to be deleted", train_in, copy, "--resume")
+    refused("data.bin is damaged: delete it", train_in, copy, "--resume")
 
 
 # ---- Flags that may change, and flags that may not -----------------------------------
@@ -2471,6 +2477,22 @@ def test_16_bits_are_rounded_after_the_logits_are_centered(tmp_path):
     same(names["model"](idx), expected(idx))
 
 
+class BlockWithAngles(gpt.Block):
+    """A fork's block, with a table of angles that 16 bits would spoil."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("angles", torch.arange(1000.0), persistent=False)
+
+
+def test_a_forks_buffers_keep_their_32_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpt, "Block", BlockWithAngles)
+    path = offset_checkpoint(tmp_path / "x.pt")
+    model = written(path, "--dtype=bfloat16", "--max_new_tokens=0")["model"]
+    assert model.wte.weight.dtype == torch.bfloat16
+    same(model.h[0].angles, torch.arange(1000.0))
+
+
 def test_float32_is_not_centered(tmp_path):
     path = offset_checkpoint(tmp_path / "x.pt")
     names = written(path, "--max_new_tokens=0")
@@ -2703,7 +2725,7 @@ TRAIN_FAULTS = {
     "other tokens": ("--init_from=x.pt --vocab_size=258", "=258 does .* weights: 257"),
     "another layer": ("--init_from=x.pt --n_layer=3", "--n_layer=3 does .* weights: 2"),
     "too long windows": ("--init_from=x.pt --block_size=33", "=33: the model has 32"),
-    "wrong heads": ("--n_head=3", "--n_embd=16 is no multiple of --n_head=3"),
+    "wrong heads": ("--n_head=3", "--n_embd=16 is not a multiple of --n_head=3"),
     "no such GPU": ("--device=cuda:99", "--device=cuda:99 cannot be used"),
     "no such device": ("--device=gpu", "--device=gpu cannot be used"),
 }
@@ -2713,8 +2735,8 @@ LATER_FAULTS = {
     "nothing to validate on": ("--val_data=gone.txt", "gone.txt cannot be read"),
 }
 SAMPLE_FAULTS = {
-    "no checkpoint": ("--checkpoint=gone.pt", "no gone.pt: run train.py or load_gpt2"),
-    "an empty folder": ("--checkpoint=empty", "no empty.ckpt.pt: run train.py"),
+    "no checkpoint": ("--checkpoint=gone.pt", "gone.pt cannot be read as .*; train.py and"),
+    "an empty folder": ("--checkpoint=empty", "empty.ckpt.pt cannot be read as .*; train.py and"),
     "a vocabulary of 61": ("--checkpoint=vocab.pt", "its vocab_size is 61"),
     "beams and samples": ("--num_beams=2 --top_p=0.5 --num_samples=2",
                         "--num_beams excludes --num_samples and --show"),
@@ -3122,6 +3144,7 @@ def test_the_averages_are_of_the_clipped_gradients(tmp_path, grad_clip, clipped)
     assert averages_of_squares == pytest.approx(0.1 * length**2, rel=1e-3)
 
 
+@gpt2
 def test_matrices_and_the_embeddings_of_tokens_alone_decay(tmp_path):
     names = quick(tmp_path, "--max_iters=0 --weight_decay=0.3")
     decayed, others = names["optimizer"].param_groups
@@ -3147,6 +3170,52 @@ class HalfRate(torch.optim.AdamW):
     def __init__(self, groups, **options):
         groups[1]["lr_scale"] = 0.5
         super().__init__(groups, **options)
+
+
+class TwoOptimizers:
+    """Hands all that train.py asks of an optimizer to two of them, as a fork may want."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def state_dict(self):
+        return {"state": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, saved):
+        """Takes the averages of a checkpoint, but no rates: those are today's flags."""
+        for part, then in zip(self.parts, saved["state"]):
+            part.load_state_dict(part.state_dict() | {"state": then["state"]})
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self):
+        for part in self.parts:
+            part.zero_grad()
+
+
+def test_two_optimizers_are_trained_with_and_resumed(tmp_path, monkeypatch):
+    original = torch.optim.AdamW
+
+    def make(groups, **options):
+        matrices, others = groups
+        sgd = torch.optim.SGD([{**matrices, "lr_scale": 3.0}], momentum=0.9)
+        return TwoOptimizers(sgd, original([others], **options))
+
+    monkeypatch.setattr(torch.optim, "AdamW", make)
+    flags = "--eval_interval=2 --lr_decay_iters=4 --max_iters="
+    names = quick(tmp_path / "once", flags + "4")
+    assert [len(part.state) > 1 for part in names["optimizer"].parts] == [True, True]
+    quick(tmp_path / "twice", flags + "2")
+    quick(tmp_path / "twice", "--resume --max_iters=4")
+    once, twice = (load(tmp_path / name) for name in ("once", "twice"))
+    same(twice[0], once[0])
+    same(twice[1]["optimizer"], once[1]["optimizer"])
 
 
 def test_lr_scale_multiplies_the_rate_of_a_group(tmp_path, monkeypatch):
@@ -3706,7 +3775,7 @@ def test_reading_a_new_file_makes_no_second_copy_of_its_tensors(small_file, monk
     assert devices == ["meta"]
 
 
-NO_CHECKPOINT = "^x.pt cannot be read as a checkpoint; try another .*"
+NO_CHECKPOINT = "^x.pt cannot be read as a checkpoint; train.py and .*"
 
 
 @pytest.mark.parametrize("content", [
@@ -4245,7 +4314,7 @@ CHANGED_CODE = pytest.mark.parametrize("module, name, change", (
 def test_changed_code_is_not_exported(
         small, tmp_path, monkeypatch, module, name, change):
     monkeypatch.setattr(module, name, change)
-    refused("x.pt computes something else than GPT-2", load_gpt2.export,
+    refused("x.pt does not compute what GPT-2 does", load_gpt2.export,
             small[1], str(tmp_path / "new"))
     assert os.listdir(tmp_path) == []
 
@@ -4256,9 +4325,21 @@ def test_weights_from_changed_code_are_not_exported(tmp_path, module, name, chan
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, name, change)
         gpt.save_checkpoint(str(tmp_path / "x.pt"), tiny(vocab_size=257))
-    refused("x.pt computes something else than GPT-2", load_gpt2.export,
+    refused("x.pt does not compute what GPT-2 does", load_gpt2.export,
             str(tmp_path / "x.pt"), str(tmp_path / "new"))
     assert os.listdir(tmp_path) == ["x.pt"]
+
+
+@gpt2
+@CHANGED_CODE
+def test_weights_of_gpt2_that_changed_code_converts_are_known_as_gpt2s(
+        small, tmp_path, monkeypatch, capsys, module, name, change):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, name, change)
+    main("load_gpt2.py", str(small[2]), "--out=x.pt")
+    capsys.readouterr()
+    load_gpt2.load_checkpoint("x.pt")
+    assert "something other than gpt.py" in capsys.readouterr().err
 
 
 @gpt2
@@ -4883,6 +4964,7 @@ def run_command(line):
         main(script, *flags)
 
 
+@gpt2
 def test_every_command_of_the_readme(tmp_path, monkeypatch):
     """In their order, in one folder. pip, pytest and curl are not commands of this test."""
     monkeypatch.chdir(tmp_path)
@@ -4899,6 +4981,7 @@ def test_every_command_of_the_readme(tmp_path, monkeypatch):
         exec(block, {})
 
 
+@gpt2
 @pytest.mark.parametrize("row", re.findall(r"^\| (\w+\.py) \| (\d+)-(\d+) \| `([^`]+)`", README,
                                            flags=re.MULTILINE))
 def test_line_ranges_of_the_readme(row):

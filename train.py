@@ -5,9 +5,8 @@
     python train.py --resume                           continues from the last checkpoint
     torchrun --nproc_per_node=4 train.py ...           one run on four GPUs
 
-The file is a script: it runs from its first line to its last, and each function stands
-in the part that needs it. Read gpt.py first. If you want the heart of it, look for "One
-more step" near the end.
+The file is a script: it runs from its first line to its last, in nine parts. Read gpt.py
+first. If you want the heart of training, look for "One more step" near the end.
 """
 import argparse
 import csv
@@ -44,6 +43,15 @@ if RANK:
     sys.stdout = open(os.devnull, "w")  # process 0 prints for all
 
 
+def gather(value):
+    """Returns what all processes gave, a list, after each of them has called this."""
+    if WORLD_SIZE == 1:
+        return [value]
+    values = [None] * WORLD_SIZE
+    dist.all_gather_object(values, value)
+    return values
+
+
 # ---- 1. Settings ---------------------------------------------------------------------
 
 
@@ -53,10 +61,12 @@ def real_path(path):
 
 
 parser = start_script(__doc__)
-# What a flag may be: an int from 1 or from 0 on, a float from 0 on or below 1.
+# What a flag may be. A count is an int of at least 1, steps may be 0 too, a rate is a
+# float of at least 0, and a beta is one from 0 to 0.9999.
 count, steps = number(int, 1), number(int, 0)
 rate, beta = number(float, 0), number(float, 0, 0.9999)
 
+# files(...) adds a flag to this group, and sizes(...) and the others to theirs.
 files = parser.add_argument_group("what to read and write").add_argument
 files("--data", type=real_path, default=os.path.join(DATA_DIR, "story.txt"),
       help="a text, a folder of .txt files, or a .bin of uint16 ids (default: a story)")
@@ -78,18 +88,20 @@ sizes("--n_head", type=count, default=12,
 sizes("--n_embd", type=count, default=768,
       help="channels of each token (default: %(default)s)")
 sizes("--block_size", type=count, default=256,
-      help="tokens in a window, at most those the model reads (default: %(default)s)")
+      help="tokens in a window; a loaded model may allow fewer (default: %(default)s)")
 sizes("--dropout", type=number(float, 0, 0.999), default=0.1,
       help="the probability that training sets a number to 0 (default: %(default)s)")
 
 training = parser.add_argument_group("training").add_argument
 training("--max_iters", type=steps, default=150,
          help="steps of the whole run (default: %(default)s)")
+# A step may add up the gradients of several micro-batches, which needs less memory than
+# one large batch.
 training("--batch_size", type=count, default=2,
          help="windows in a micro-batch, computed together (default: %(default)s)")
 training("--gradient_accumulation_steps", type=count, default=1,
          help="micro-batches of each process in a step (default: %(default)s)")
-# (nanoGPT counts those of all processes.)
+# (In nanoGPT, this flag counts the micro-batches of all processes.)
 training("--learning_rate", type=number(float, 1e-12),
          help="the highest rate (default: 4e-4 x 768 / n_embd)")
 training("--min_lr", type=rate, help="the last rate (default: learning_rate / 10)")
@@ -122,7 +134,7 @@ machine = parser.add_argument_group("machine").add_argument
 machine("--device", default="auto",
         help="cuda, mps or cpu (default: the first that is found)")
 machine("--dtype", default="auto", choices=DTYPES,
-        help="what matrix products are computed in; auto: the fastest here")
+        help="of matrix products; auto: 16 bits where the hardware has them")
 machine("--compile", action=argparse.BooleanOptionalAction,
         help="use torch.compile (default: on cuda, if triton is installed)")
 args = parser.parse_args()
@@ -152,6 +164,7 @@ if RANK == 0:
 state = {}  # what ckpt.pt says about a run that continues
 if args.resume:
     model, state = load_checkpoint(ckpt_path, verify=RANK == 0)
+    # A file of weights alone, such as best.pt, has no row of a log.
     raise_unless("row" in state, f"{ckpt_path} holds no run to resume; --init_from starts one")
     parser.set_defaults(**vars(model.config) | state["args"])
 elif args.init_from:
@@ -171,12 +184,12 @@ if args.resume or args.init_from:
     raise_unless(args.block_size <= model.config.block_size,
                  f"--block_size={args.block_size}: the model has {model.config.block_size}")
     config = dataclasses.replace(config, block_size=model.config.block_size)
-    # A model with the other fields as they are now, such as dropout, takes over the
-    # tensors, as float32.
+    # Build the model once more with this run's settings, since dropout, say, may be
+    # another, and give it the loaded tensors as float32.
     model = with_weights(config, model.float().state_dict())
 else:
     raise_unless(args.n_embd % args.n_head == 0,
-                 f"--n_embd={args.n_embd} is no multiple of --n_head={args.n_head}")
+                 f"--n_embd={args.n_embd} is not a multiple of --n_head={args.n_head}")
     torch.manual_seed(args.seed)
     model = GPT(config)
 
@@ -219,18 +232,9 @@ if WORLD_SIZE > 1:
                             timeout=datetime.timedelta(hours=12))
 
 
-def gather(value):
-    """Returns what all processes gave, a list, after each of them has called this."""
-    if WORLD_SIZE == 1:
-        return [value]
-    values = [None] * WORLD_SIZE
-    dist.all_gather_object(values, value)
-    return values
-
-
 # ---- 5. The text ---------------------------------------------------------------------
 
-T, V = args.block_size, config.vocab_size  # as in gpt.py: tokens in a window, in all
+T, V = args.block_size, config.vocab_size  # tokens in a window, and in the vocabulary
 texts = {}  # for ckpt.pt: {path: the hash of its tokens, and its files' sizes and dates}
 
 
@@ -252,8 +256,8 @@ def load_tokens(flag):
     """
     path = getattr(args, flag)
     bin_path = path if path.endswith(".bin") else os.path.join(args.out_dir, f"{flag}.bin")
-    known = state["texts"].get(path) if state else None
-    there = filter(os.path.exists, text_files(path))
+    known = state["texts"].get(path) if state else None  # what ckpt.pt has about it
+    there = filter(os.path.exists, text_files(path))  # none, if it was deleted since
     stat = [[os.path.getsize(name), os.path.getmtime(name)] for name in there]
     if RANK == 0 and path != bin_path:
         if not known or not os.path.exists(bin_path):
@@ -263,20 +267,24 @@ def load_tokens(flag):
     gather(None)  # the others wait here until process 0 has made the file
     with reraise_as_input_error(f"{bin_path} holds no uint16 tokens", OSError, ValueError):
         tokens = np.memmap(bin_path, dtype=np.uint16, mode="r")
-        # Of 32-bit integers, read as uint16, every second number would be 0. The ids
-        # must fit the vocabulary too. Ids below 256 are bytes, and a vocabulary with
-        # merges gives any text some ids above, so a largest id that is low means
-        # another tokenizer, such as one of characters. (With few merges, less is asked.)
+        # Of 32-bit integers, read as uint16, every second number would be 0. Merged
+        # tokens have ids from 256 on, and any real text has some of them. So if the
+        # largest id is lower, the file is from another tokenizer, such as one of
+        # characters. (A vocabulary with few merges may be used little, so the bound is
+        # lower there.)
         raise_unless(len(tokens) < 9 or tokens[1:99:2].any(), "its integers are wider")
         raise_unless(path != bin_path or min(256, V - 257) <= tokens.max() < V,
                      f"its ids are not those of the {V} tokens of --vocab_size")
     digest = hashlib.sha256(tokens).hexdigest()
     raise_unless(not known or digest == known["hash"],
-                 f"{path} is not this run's text, or {bin_path} is damaged and to be deleted")
+                 f"{path} is not this run's text, or {bin_path} is damaged: delete it")
     raise_unless(len(set(gather(digest))) == 1,
                  "the processes read different tokens; share --out_dir, or one .bin as --data")
     texts[path] = known or {"hash": digest, "stat": stat}
     return tokens
+
+
+# The text itself, and the part of it that is for validation.
 train_tokens = load_tokens("data")
 if args.val_data:
     val_tokens = load_tokens("val_data")
@@ -295,12 +303,13 @@ print(f"{len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validat
 # AdamW (Loshchilov and Hutter, 2019) keeps two averages for each weight: of its
 # gradients and of their squares. A step moves the weight by the first divided by the
 # root of the second, times the learning rate, so all weights move about equally far.
-# Weight decay makes each matrix and embedding smaller at each step, by the fraction
-# learning rate x weight_decay. A weight that no gradient keeps up fades away, so the
-# model fits the text with smaller weights, which works against learning it by heart.
-# Biases and gains are few and need no decay. Neither do the embeddings of positions:
-# where windows are shorter than the model's block_size, some get no gradient, and would
-# fade away. To train a group at another rate, give it an "lr_scale".
+# Weight decay makes each matrix, and the table of tokens, smaller at each step, by the
+# fraction learning rate x weight_decay. A weight then stays large only if many batches
+# keep pulling on it. What helps with one sentence alone fades away again, so the model
+# keeps what recurs in the text, and learns less of it by heart. Biases and gains are
+# few and need no decay. The vectors of positions get none either: where windows are
+# shorter than the model's block_size, some positions have no gradient, and would fade
+# away. If a group has an entry "lr_scale", the loop multiplies its rate by it.
 decayed = {name: p for name, p in model.named_parameters()
            if p.dim() >= 2 and name != "wpe.weight"}
 others = [p for name, p in model.named_parameters() if name not in decayed]
@@ -314,15 +323,17 @@ scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 # gradients, the sums x between the blocks, LayerNorm and the loss stay in float32.
 autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 if args.resume:
-    # Its other entry, param_groups, has the rates and betas of before. Today's count.
+    # Only AdamW's averages are taken from the checkpoint. Rates and betas come from the
+    # flags of this run. (The averages are kept by the number of each parameter. If you
+    # change the groups above, start a new run with --init_from.)
     optimizer.load_state_dict(
         optimizer.state_dict() | {"state": state.pop("optimizer")["state"]})
     if state["scaler"]:  # it is empty if the run was not in float16
         scaler.load_state_dict(state["scaler"])
 if args.compile is None:
     args.compile = device.type == "cuda" and importlib.util.find_spec("triton")
-# torch.compile and DDP wrap the model and train its weights. DDP averages the gradients
-# over the processes.
+# torch.compile and DDP (DistributedDataParallel) wrap the model and train its weights.
+# DDP averages the gradients over the processes.
 wrapped = torch.compile(model) if args.compile else model
 if WORLD_SIZE > 1:
     wrapped = torch.nn.parallel.DistributedDataParallel(wrapped)
@@ -335,9 +346,8 @@ print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dt
 def get_lr(step):
     """Returns the learning rate of a step, counted from 0.
 
-    It rises in a straight line, since AdamW's averages rest on few
-    gradients at first. Then it falls along half a cosine to min_lr, with
-    which the weights settle in a minimum.
+    It rises in a straight line, since AdamW's averages rest on few gradients at first.
+    Then it falls along half a cosine to min_lr, so that the weights settle.
     """
     if step >= lr_decay_iters:
         return min_lr
@@ -351,10 +361,11 @@ def get_lr(step):
 def epoch_starts(epoch):
     """Returns where the windows of an epoch begin, in the order in which they are read.
 
-    An epoch is one pass over the text, in windows of T tokens that lie side by side.
-    Each epoch shifts them by an offset of its own. Otherwise a token would have the
-    same position, and see the same tokens before it, in every epoch. There is one
-    window fewer than would fit, so that there is room for the offset.
+    An epoch is a pass over the text, in windows of T tokens that lie side by side. Each
+    epoch shifts them by an offset of its own. Otherwise a token would have the same
+    position, and see the same tokens before it, in every epoch. There is one window
+    fewer than would fit, so that there is room for the offset: an epoch leaves out
+    less than two windows, at the beginning and the end of the text.
     """
     rng = np.random.default_rng((args.seed, epoch))
     n_windows = max(1, len(train_tokens) // T - 1)
@@ -366,9 +377,9 @@ def epoch_starts(epoch):
 def train_starts(step, micro_step):
     """Returns where the batch_size windows of a micro-batch of a step begin.
 
-    They follow from the flags, the text and these two numbers, so a resumed
-    run reads what it would have read. (NumPy may draw other numbers in
-    another version: keep it within a run.)
+    They follow from the flags, the text and these two numbers, so a resumed run reads
+    what it would have read. (Another version of NumPy may draw other numbers, so keep
+    the one that a run began with.)
     """
     micro_batches = args.gradient_accumulation_steps * WORLD_SIZE  # in a step
     first = (step * micro_batches + micro_step) * args.batch_size
@@ -433,7 +444,7 @@ bytes_per_token = bytes_of[np.stack(targets)].mean().item()
 # ---- 8. The loop ---------------------------------------------------------------------
 
 # Two functions and what the loop keeps come first. The loop itself evaluates, prints
-# and saves when it is time, and then makes one more step.
+# and saves when it is time, and then takes one more step.
 
 
 def save_run():
@@ -454,8 +465,7 @@ def plot(log):
     axes = figure.subplots()
     for name in ("loss", "train_loss", "val_loss"):
         rows = [row for row in log if name in row]
-        steps = [row["iter"] for row in rows]
-        axes.plot(steps, [row[name] for row in rows], ".-", label=name)
+        axes.plot([row["iter"] for row in rows], [row[name] for row in rows], ".-", label=name)
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.legend()
     figure.savefig(plot_path)
@@ -464,7 +474,7 @@ def plot(log):
 step = state.get("step", 0)
 saved_at = state.get("step", -1)  # the step that ckpt.pt holds
 row = state.get("row", {"iter": 0, "tokens": 0})  # what the log says about the last step
-log = state.get("log", [])  # such rows; a resumed run makes those after the checkpoint again
+log = state.get("log", [])  # the rows up to the checkpoint; later ones are made again
 best = {"step": 0, "val_loss": math.inf}
 if state and state["texts"] == texts:  # losses on other texts cannot be compared
     best = state["best"]
@@ -482,8 +492,9 @@ interrupted = False
 with catch_signals() as caught:
     try:
         while True:
-            # Here `step` steps are done. Evaluate and save, if it is time. At the
-            # start of a resumed run the log shows whether this row is there already.
+            # Here `step` steps are done. Evaluate and save, if it is time. A resumed
+            # run begins with a row that may be in the log already. Then it is not
+            # new, and nothing is evaluated or printed twice.
             is_new = not log or log[-1]["iter"] < step
             is_last = step >= args.max_iters
             evaluating = is_new and (is_last or step % eval_interval == 0)
@@ -491,8 +502,8 @@ with catch_signals() as caught:
                 row["train_loss"], row["val_loss"] = map(evaluate, (train_tokens, val_tokens))
                 row["val_bits_per_byte"] = row["val_loss"] / math.log(2) / bytes_per_token
 
-            # Stop if a number is infinite or nan. In float16 a gradient alone may be,
-            # now and then: the scaler skips such a step and lowers its factor.
+            # Stop if a number is infinite or nan. In float16 a gradient alone may be
+            # infinite now and then: the scaler skips such a step and lowers its factor.
             bad = [name for name, value in row.items() if not math.isfinite(value)]
             if bad and not (scaler.is_enabled() and bad == ["grad_norm"]):
                 raise InputError(f"{bad[0]} is {row[bad[0]]} at step {step}; {ckpt_path} still has "
@@ -521,7 +532,10 @@ with catch_signals() as caught:
                     save_run()
                     saved_at = step
                     plot(log)
-                except Exception as error:  # such as a full disk
+                except Exception as error:
+                    # Such as a full disk. That is a warning, because the next
+                    # evaluation saves again. It is an error if there is no next
+                    # one, or if nothing could be saved at all.
                     if saved_at < step and (is_last or saved_at < 0):
                         raise
                     print(f"warning: {error}; the run continues")
@@ -530,7 +544,7 @@ with catch_signals() as caught:
                 text = args.start + tokenizer.decode([token.item() for token in ids])
                 print("sample: " + text.replace("\n", " "))
             elif evaluating:
-                saved_at = step  # process 0 has saved it
+                saved_at = step  # by process 0
             if is_last:
                 break
 
@@ -574,9 +588,9 @@ with catch_signals() as caught:
                    "tokens_per_s": n_tokens / (time.perf_counter() - step_started)}
     except Interrupted:
         # Half a step or half an evaluation is given up. The last whole step is saved.
+        # Even without a new step the flags may be new.
         interrupted = True
-        if saved_at < step:
-            save_run()
+        save_run()
 
 # ---- 9. What next --------------------------------------------------------------------
 
@@ -586,10 +600,11 @@ if WORLD_SIZE > 1:
 resume = command("train.py", "--resume", f"--out_dir={args.out_dir}")
 if interrupted:
     print(f"stopped; {ckpt_path} has step {step}; {resume} continues")
-    sys.exit(128 + (caught or [15])[0])  # the status that shells expect
+    # The status that shells expect. (15 is SIGTERM, for a process without a signal.)
+    sys.exit(128 + (caught or [15])[0])
 
 print(f"""{ckpt_path} has step {step}
 {best_path} has the best val_loss, {best['val_loss']:.4f}, of step {best['step']}
 {plot_path} shows the losses
-{resume} --max_iters=N continues; the rate then falls until step N, or until --lr_decay_iters
+{resume} --max_iters=N continues
 next: {command("sample.py", f"--checkpoint={ckpt_path}", "--start", args.start)}""")
