@@ -82,13 +82,13 @@ def attend(q, k, v, dropout_p=0.0):
     S = k.shape[2]
     if q.device.type == "cuda":
         # An NVIDIA GPU computes the formula below with PyTorch's kernel, a
-        # program made for that hardware, without storing the scores. The mask
-        # built into the kernel is right if the first query is that of the first
-        # token. Behind cached tokens it is that of token S - T, so there the
-        # kernel gets our own mask. If you change causal_mask, write built_in =
-        # False, or training on a GPU will not see your mask. All other devices
-        # take the formula in training, evaluation and generation, so one change
-        # of it is enough. (On Macs, the kernel has returned wrong values.)
+        # program made for that hardware, without storing the scores. The
+        # kernel's own mask takes query 0 for that of token 0. With cached
+        # tokens, query 0 is that of token S - T, so then we pass causal_mask.
+        # If you change causal_mask, write built_in = False, or training on a
+        # GPU will not see your mask. All other devices take the formula, in
+        # training, evaluation and generation, so one change of it is enough.
+        # (On Macs, the kernel has returned wrong values.)
         built_in = T == S
         mask = None if built_in else causal_mask(q, S)
         return F.scaled_dot_product_attention(
@@ -154,8 +154,8 @@ class CausalSelfAttention(nn.Module):
 
     One head can weigh the past in only one way. H heads weigh it in H ways, and need
     no more multiplications than one head of C channels, because each of them has only
-    D = C / H. OpenAI wrote linear layers as convolutions that are one token wide: the
-    c_ in c_attn, c_proj (projection) and c_fc (fully connected) is from there.
+    D = C / H. OpenAI wrote linear layers as convolutions that are one token wide. The
+    prefix c_ in c_attn, c_proj (projection) and c_fc (fully connected) is from there.
     """
 
     def __init__(self, config):
@@ -466,7 +466,11 @@ def known_answer(config, centered=False):
 
 
 def same_answer(a, b):
-    """Returns whether two known answers are equal, but for the rounding of a machine."""
+    """Returns whether two known answers are equal, but for rounding.
+
+    GPT2_ANSWER has six decimals, so it is off by 4e-7. The smallest change that the
+    tests make, an eps of 1e-6 in LayerNorm, moves the number by 6e-6.
+    """
     return abs(a - b) < 4e-6
 
 
@@ -515,7 +519,8 @@ def with_weights(config, weights):
         model = GPT(config)
     finally:
         hook.remove()
-    # If a fork gives one parameter two names, to tie two matrices, it must stay one.
+    # A fork may tie two matrices: one parameter with two names. named_parameters gives
+    # it twice, and both names must get the same new parameter.
     shared = {}  # {parameter on the meta device: the one that replaces it}
     for name, p in model.named_parameters(remove_duplicate=False):
         if name in weights:
@@ -552,8 +557,8 @@ def reraise_as_input_error(message, *kinds):
 
 DATA_DIR = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data")
 # A text is first cut into pieces, and no token spans two of them. These are the pieces
-# of GPT-2. They are spelled with ++ as tiktoken spells them, which makes long runs fast,
-# because the search never backtracks.
+# of GPT-2, spelled as in tiktoken. The ++ takes as many characters as there are and never
+# gives one back to try another match, so a long run of characters costs no extra time.
 PATTERN = (r"'(?:[sdmt]|ll|ve|re)"  # the ending of an English word, as in it's
            r"| ?\p{L}++| ?\p{N}++"  # a word or a number, with the space before it
            r"| ?[^\s\p{L}\p{N}]++"  # punctuation, with the space before it
@@ -633,7 +638,7 @@ def token_bytes(vocab_size):
 def decode_utf8(data, name, offset=0):
     """Returns the text of data, with \\n as line ends and without byte-order marks.
 
-    data are the bytes at offset of the file `name`. Raises InputError if they are not
+    data has the bytes of the file `name` from offset on. Raises InputError if they are not
     UTF-8. A byte of 0 is refused too: it is no text, and UTF-16 is full of them.
     """
     try:
@@ -653,9 +658,9 @@ def text_files(path):
 def read_text(path):
     """Yields the text of a file, or of all .txt files in a folder, in parts of 256 kB.
 
-    The parts encode to the same ids as the whole: each new part begins with white space
-    (or <|endoftext|>), and in every piece of PATTERN white space stands only at the
-    beginning, so no piece is cut in two. Raises InputError.
+    The parts encode to the same ids as the whole. A part ends just before white space
+    (or <|endoftext|>). White space can begin a piece of PATTERN, but never comes after
+    its other characters, so no piece is cut in two. Raises InputError.
     """
     rest = ""
     names = text_files(path)
@@ -777,8 +782,8 @@ def start_script(doc):
 def catch_signals():
     """Yields a list that gets each signal that asks this process to end, such as Ctrl-C.
 
-    A second signal is not caught: it does what it always does. At the end of the with
-    block everything is as before.
+    The second signal of a kind is not caught: it does what it always does. At the end
+    of the with block everything is as before.
     """
     caught, before = [], {}
 

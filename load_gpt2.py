@@ -173,7 +173,7 @@ def load_gpt2(folder):
         raise InputError(
             f"{folder} is none of {', '.join(SIZES)}, no OWNER/NAME, no folder of weights")
     raise_unless(257 <= config.vocab_size <= 50257,
-                 f"{folder}: {config.vocab_size} tokens are another vocabulary than GPT-2's")
+                 f"{folder}: {config.vocab_size} tokens are not GPT-2's vocabulary")
     for name in weights:  # one at a time, so there is never a second copy of all
         weights[name] = transposed(name, weights[name].float())
     with reraise_as_input_error(f"{folder} does not have the weights of GPT-2", RuntimeError):
@@ -272,8 +272,9 @@ if __name__ == "__main__":
         export(*map(os.path.expanduser, args.export))
         print(f"wrote {args.export[1]}")
         sys.exit()
-    folder = os.path.expanduser(args.source)  # where the files are, or will be
-    name = os.path.basename(os.path.abspath(folder))  # of the checkpoint
+    # folder is where the files are or will be, and name is that of the checkpoint.
+    folder = os.path.expanduser(args.source)
+    name = os.path.basename(os.path.abspath(folder))
     url = ""  # from where to download, if the folder is not there
     is_new = not os.path.exists(folder)
     if is_new and folder in SIZES:

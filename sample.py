@@ -65,7 +65,9 @@ model.float()  # a file may hold 16 bits, but center_logits computes in 32
 if dtype != torch.float32:
     center_logits(model)
 model.to(device)
-for parameter in model.parameters():  # a fork's buffers, say angles, need 32 bits
+# Only parameters become 16 bits. GPT-2 has no buffers, but a fork may have one, such as a
+# table of angles for its positions, which would lose too much.
+for parameter in model.parameters():
     parameter.data = parameter.data.to(dtype)
 print(f"{path}: step {state.get('step')}, {device}, {dtype}", file=sys.stderr)
 
@@ -138,7 +140,7 @@ started = time.perf_counter()
 if args.num_beams:
     raise_unless(len(ids) + args.max_new_tokens <= limit,
                  f"--num_beams: prompt and new tokens together exceed the model's {limit}")
-    # (n,), and as generate would have yielded it, (n, 1).
+    # beam_search returns (n,). As (n, 1) it is what generate yields: n columns of 1 text.
     columns = beam_search(
         model, idx, args.max_new_tokens, args.num_beams, stop_token)[:, None]
 else:

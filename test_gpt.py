@@ -3452,6 +3452,16 @@ def test_a_signal_after_which_nothing_is_left_to_do_gives_nothing_up(
 
 
 @posix
+def test_a_signal_before_the_first_new_step_keeps_the_new_flags(tmp_path, monkeypatch):
+    quick(tmp_path, "--max_iters=1 --gradient_accumulation_steps=2")
+    signal_at(monkeypatch, training=True, call=1)
+    quick(tmp_path, "--resume --max_iters=3 --beta1=0.5", status=130)
+    _, state = load(tmp_path)
+    assert state["step"] == 1
+    assert (state["args"]["max_iters"], state["args"]["beta1"]) == (3, 0.5)
+
+
+@posix
 def test_a_second_signal_ends_the_run_at_once(tmp_path, monkeypatch):
     signal_at(monkeypatch, training=True, call=2, times=2)
     with pytest.raises(KeyboardInterrupt):
@@ -3669,6 +3679,15 @@ def test_processes_that_read_different_tokens_say_so_in_one_line_each(tmp_path):
     for process in start_two(f"--out_dir={tmp_path / 'out'}", data=texts):
         _, err = end(process, status=2)
         assert re.fullmatch("train.py: error: the processes read different .*\n", err)
+
+
+def test_when_two_processes_diverge_both_say_which_step_is_saved(tmp_path):
+    flags = ("--max_iters=60", "--eval_interval=1", "--warmup_iters=0", "--grad_clip=0",
+             "--learning_rate=1e36", f"--out_dir={tmp_path / 'out'}")
+    said = [end(process, status=2)[1] for process in start_two(*flags)]
+    step = load(tmp_path / "out")[1]["step"]
+    assert f"still has step {step}; " in said[0]
+    assert said[1] == said[0]
 
 
 @posix
@@ -4062,7 +4081,7 @@ def test_openais_files_become_a_model(tmp_path):
 
 @gpt2
 def test_a_vocabulary_that_is_not_gpt2s_is_refused():
-    refused("one-shard: 23 tokens are another vocab", load_gpt2.load_gpt2,
+    refused("one-shard: 23 tokens are not GPT-2", load_gpt2.load_gpt2,
             str(TF / "one-shard"))
 
 
@@ -4497,7 +4516,7 @@ def test_vocabularies_without_all_bytes_or_with_more_tokens_are_refused(folder, 
         (folder / name).unlink()
     reconfigure(folder, vocab_size=size)
     store(folder, stored(folder) | {"wte.weight": torch.zeros(size, 12)})
-    refused(f"{size} tokens are another vocabulary", load_gpt2.load_gpt2, str(folder))
+    refused(f"{size} tokens are not GPT-2's vocabulary", load_gpt2.load_gpt2, str(folder))
 
 
 @gpt2

@@ -159,8 +159,9 @@ if RANK == 0:
 
 # ---- 3. The model, and the last settings ---------------------------------------------
 
-# The flags are parsed twice. Now we know which checkpoint to load, if any. Its flags
-# become the parser's defaults, and the second time what was typed wins over them.
+# The flags above say which checkpoint to load, if any. Its saved flags now become the
+# parser's defaults. Then the command line is parsed again: what was typed still wins,
+# and the rest comes from the checkpoint.
 state = {}  # what ckpt.pt says about a run that continues
 if args.resume:
     model, state = load_checkpoint(ckpt_path, verify=RANK == 0)
@@ -180,7 +181,8 @@ if args.resume or args.init_from:
         value = getattr(model.config, name)
         raise_unless(getattr(args, name) == value,
                      f"--{name}={getattr(args, name)} does not fit the weights: {value}")
-    # A window may be shorter than the model's block_size. Its other positions stay.
+    # args.block_size is the window of this run, and config.block_size the number of the
+    # model's positions. A window may be shorter. The other positions stay.
     raise_unless(args.block_size <= model.config.block_size,
                  f"--block_size={args.block_size}: the model has {model.config.block_size}")
     config = dataclasses.replace(config, block_size=model.config.block_size)
@@ -256,8 +258,10 @@ def load_tokens(flag):
     """
     path = getattr(args, flag)
     bin_path = path if path.endswith(".bin") else os.path.join(args.out_dir, f"{flag}.bin")
-    known = state["texts"].get(path) if state else None  # what ckpt.pt has about it
-    there = filter(os.path.exists, text_files(path))  # none, if it was deleted since
+    # A text that ckpt.pt does not know is encoded. So is one whose tokens are gone. One
+    # that was edited since is only reported, and one that is gone does not matter.
+    known = state["texts"].get(path) if state else None
+    there = filter(os.path.exists, text_files(path))
     stat = [[os.path.getsize(name), os.path.getmtime(name)] for name in there]
     if RANK == 0 and path != bin_path:
         if not known or not os.path.exists(bin_path):
@@ -267,11 +271,11 @@ def load_tokens(flag):
     gather(None)  # the others wait here until process 0 has made the file
     with reraise_as_input_error(f"{bin_path} holds no uint16 tokens", OSError, ValueError):
         tokens = np.memmap(bin_path, dtype=np.uint16, mode="r")
-        # Of 32-bit integers, read as uint16, every second number would be 0. Merged
-        # tokens have ids from 256 on, and any real text has some of them. So if the
-        # largest id is lower, the file is from another tokenizer, such as one of
-        # characters. (A vocabulary with few merges may be used little, so the bound is
-        # lower there.)
+        # A file of 32-bit integers, read as uint16, has a 0 at every second place.
+        # Merged tokens have ids from 256 on, and any real text has some of them, so a
+        # file without is from another tokenizer, such as one of characters. (A text
+        # may have none of a few merges. So with fewer than 256 of them, we only ask
+        # for one id that is at least their number.)
         raise_unless(len(tokens) < 9 or tokens[1:99:2].any(), "its integers are wider")
         raise_unless(path != bin_path or min(256, V - 257) <= tokens.max() < V,
                      f"its ids are not those of the {V} tokens of --vocab_size")
@@ -305,11 +309,11 @@ print(f"{len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validat
 # root of the second, times the learning rate, so all weights move about equally far.
 # Weight decay makes each matrix, and the table of tokens, smaller at each step, by the
 # fraction learning rate x weight_decay. A weight then stays large only if many batches
-# keep pulling on it. What helps with one sentence alone fades away again, so the model
-# keeps what recurs in the text, and learns less of it by heart. Biases and gains are
-# few and need no decay. The vectors of positions get none either: where windows are
-# shorter than the model's block_size, some positions have no gradient, and would fade
-# away. If a group has an entry "lr_scale", the loop multiplies its rate by it.
+# keep pulling on it. What helps with one sentence alone tends to fade again, so the
+# model learns less by heart. Biases and gains are few and need no decay. The vectors of
+# positions get none either: where windows are shorter than the model's block_size, some
+# positions have no gradient, and would fade away. If a group has an entry "lr_scale",
+# the loop multiplies its rate by it.
 decayed = {name: p for name, p in model.named_parameters()
            if p.dim() >= 2 and name != "wpe.weight"}
 others = [p for name, p in model.named_parameters() if name not in decayed]
@@ -319,13 +323,14 @@ optimizer = torch.optim.AdamW(
 # Gradients below 6e-8 would be 0 in float16. The scaler multiplies the loss by a large
 # number, which makes all gradients larger, and divides them by it before they are used.
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-# autocast computes matrix products, and what follows them directly, in dtype. Weights,
-# gradients, the sums x between the blocks, LayerNorm and the loss stay in float32.
+# autocast computes matrix products in dtype, and their results stay in it until they are
+# added to x: q, k, v, the attention weights, GELU. The weights of the model, gradients, x,
+# LayerNorm and the loss stay in float32.
 autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 if args.resume:
     # Only AdamW's averages are taken from the checkpoint. Rates and betas come from the
-    # flags of this run. (The averages are kept by the number of each parameter. If you
-    # change the groups above, start a new run with --init_from.)
+    # flags of this run. (The checkpoint knows a parameter by its place in the groups, 0,
+    # 1, 2 and so on. If you change the groups above, start a new run with --init_from.)
     optimizer.load_state_dict(
         optimizer.state_dict() | {"state": state.pop("optimizer")["state"]})
     if state["scaler"]:  # it is empty if the run was not in float16
@@ -364,8 +369,8 @@ def epoch_starts(epoch):
     An epoch is a pass over the text, in windows of T tokens that lie side by side. Each
     epoch shifts them by an offset of its own. Otherwise a token would have the same
     position, and see the same tokens before it, in every epoch. There is one window
-    fewer than would fit, so that there is room for the offset: an epoch leaves out
-    less than two windows, at the beginning and the end of the text.
+    fewer than would fit. The tokens that are left over, T - 1 to 2T - 2 of them, make
+    room for an offset from 0 to T - 1.
     """
     rng = np.random.default_rng((args.seed, epoch))
     n_windows = max(1, len(train_tokens) // T - 1)
@@ -492,9 +497,9 @@ interrupted = False
 with catch_signals() as caught:
     try:
         while True:
-            # Here `step` steps are done. Evaluate and save, if it is time. A resumed
-            # run begins with a row that may be in the log already. Then it is not
-            # new, and nothing is evaluated or printed twice.
+            # Here `step` steps are done. Evaluate and save, if it is time. After
+            # --resume, the row of this step may be in the log already. Then it is not
+            # new, and is neither evaluated nor printed once more.
             is_new = not log or log[-1]["iter"] < step
             is_last = step >= args.max_iters
             evaluating = is_new and (is_last or step % eval_interval == 0)
@@ -544,7 +549,7 @@ with catch_signals() as caught:
                 text = args.start + tokenizer.decode([token.item() for token in ids])
                 print("sample: " + text.replace("\n", " "))
             elif evaluating:
-                saved_at = step  # by process 0
+                saved_at = step  # process 0 has saved, and any process may report it
             if is_last:
                 break
 
@@ -587,8 +592,8 @@ with catch_signals() as caught:
                    "grad_norm": grad_norm.item(),
                    "tokens_per_s": n_tokens / (time.perf_counter() - step_started)}
     except Interrupted:
-        # Half a step or half an evaluation is given up. The last whole step is saved.
-        # Even without a new step the flags may be new.
+        # Half a step or half an evaluation is given up. The last whole step is saved,
+        # even if it was saved before, because the flags may be new.
         interrupted = True
         save_run()
 
@@ -600,7 +605,8 @@ if WORLD_SIZE > 1:
 resume = command("train.py", "--resume", f"--out_dir={args.out_dir}")
 if interrupted:
     print(f"stopped; {ckpt_path} has step {step}; {resume} continues")
-    # The status that shells expect. (15 is SIGTERM, for a process without a signal.)
+    # The status that shells expect: 128 and the signal. If another process caught it,
+    # take 15, which is SIGTERM.
     sys.exit(128 + (caught or [15])[0])
 
 print(f"""{ckpt_path} has step {step}
