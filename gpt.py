@@ -81,10 +81,11 @@ def attend(q, k, v, dropout_p=0.0):
     B, H, T, D = q.shape
     S = k.shape[2]
     if q.device.type == "cuda":
-        # An NVIDIA GPU computes the formula below with PyTorch's kernel, a
-        # program made for that hardware, without storing the scores. The
-        # kernel's own mask takes query 0 for that of token 0. With cached
-        # tokens, query 0 is that of token S - T, so then we pass causal_mask.
+        # (If you read this for the first time, skip to the formula below.) An
+        # NVIDIA GPU computes it with PyTorch's kernel, a program made for that
+        # hardware, without storing the scores. The kernel's own mask assumes
+        # that the first query belongs to the first token. With cached tokens it
+        # belongs to token S - T, so then we pass causal_mask.
         # If you change causal_mask, write built_in = False, or training on a
         # GPU will not see your mask. All other devices take the formula, in
         # training, evaluation and generation, so one change of it is enough.
@@ -176,8 +177,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None):
         """x (B, T, C) -> (B, T, C). cache is this layer's KVCache while generating."""
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D), so each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)  # each (B, H, S, D)
         y = attend(q, k, v, self.dropout_p if self.training else 0.0)  # (B, H, T, D)
@@ -485,7 +486,7 @@ def move_mean(model):
 def center_logits(model):
     """Moves the logits of a model to around 0, for 16 bits. Returns whether it did.
 
-    OpenAI's logits lie far below 0. There bfloat16 has steps of 0.25 (below -32) or
+    The logits of OpenAI's weights lie far below 0. There bfloat16 has steps of 0.25 (below -32) or
     0.5 (below -64), so likely tokens get equal logits. Subtracting the same row from
     all rows of wte changes all logits of a position by the same amount, which softmax
     ignores. What the blocks read, wte + wpe, stays the same, since that row is added
@@ -511,7 +512,7 @@ def with_weights(config, weights):
     tensor has another shape.
     """
     def to_meta(module, name, p):
-        """Is called whenever a module gets a parameter, which its result replaces."""
+        """PyTorch calls this for each new parameter, and uses what it returns instead."""
         return p if p.is_meta else nn.Parameter(p.to("meta"), p.requires_grad)
 
     hook = nn.modules.module.register_module_parameter_registration_hook(to_meta)
@@ -562,9 +563,9 @@ DATA_DIR = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data")
 PATTERN = (r"'(?:[sdmt]|ll|ve|re)"  # the ending of an English word, as in it's
            r"| ?\p{L}++| ?\p{N}++"  # a word or a number, with the space before it
            r"| ?[^\s\p{L}\p{N}]++"  # punctuation, with the space before it
-           # White space at the end of the text is one piece. Before a word, a run of it
-           # is one piece without its last character, which goes to the word if it is
-           # a space. What is left over, such as a single line end, is a piece.
+           # White space at the end of the text is one piece. Before a word, all but the
+           # last character of a run of white space are one piece. If the last one is a
+           # space, it belongs to the word; otherwise it is a piece by itself.
            r"|\s++$|\s+(?!\S)|\s")
 
 
@@ -658,9 +659,9 @@ def text_files(path):
 def read_text(path):
     """Yields the text of a file, or of all .txt files in a folder, in parts of 256 kB.
 
-    The parts encode to the same ids as the whole. A part ends just before white space
-    (or <|endoftext|>). White space can begin a piece of PATTERN, but never comes after
-    its other characters, so no piece is cut in two. Raises InputError.
+    The parts encode to the same ids as the whole, because they are cut just before white
+    space (or <|endoftext|>). No piece of PATTERN has white space after a visible
+    character, so a piece always ends there. Raises InputError.
     """
     rest = ""
     names = text_files(path)

@@ -40,7 +40,7 @@ flag("--top_p", type=number(float, 1e-6, 1), default=1.0,
 flag("--num_beams", type=number(int, 0), default=0,
      help="search for a likely text with N beams; temperature etc. have no effect")
 flag("--seed", type=number(int, 0, 2**63 - 1), default=1337,
-     help="the same seed and flags give the same texts (default: %(default)s)")
+     help="on one machine, the same seed gives the same texts (default: %(default)s)")
 flag("--show", type=number(int, 0), default=0,
      help="print the N likeliest tokens, with the model's own probabilities (before "
           "temperature, top_k and top_p), the drawn one in brackets (default: 0)")
@@ -49,7 +49,7 @@ flag("--stop", action=argparse.BooleanOptionalAction, default=True,
 flag("--device", default="auto",
      help="cuda, mps or cpu (default: the first that is found)")
 flag("--dtype", choices=DTYPES,
-     help="of the weights; auto: 16 bits where the hardware has them; --score: float32")
+     help="of the weights; auto: bfloat16 or float16 where those are fast; --score: float32")
 args = parser.parse_args()
 raise_unless(not args.num_beams or (args.num_samples == 1 and not args.show),
              "--num_beams excludes --num_samples and --show")

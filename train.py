@@ -62,7 +62,7 @@ def real_path(path):
 
 parser = start_script(__doc__)
 # What a flag may be. A count is an int of at least 1, steps may be 0 too, a rate is a
-# float of at least 0, and a beta is one from 0 to 0.9999.
+# float of at least 0, and a beta is a float from 0 to 0.9999.
 count, steps = number(int, 1), number(int, 0)
 rate, beta = number(float, 0), number(float, 0, 0.9999)
 
@@ -109,6 +109,7 @@ training("--warmup_iters", type=steps, default=30,
          help="steps in which the rate rises (default: %(default)s)")
 training("--lr_decay_iters", type=steps,
          help="the step that reaches min_lr (default: max_iters)")
+# Part 6 explains AdamW. Its averages are running ones: beta x average + (1 - beta) x new.
 training("--weight_decay", type=rate, default=0.1,
          help="AdamW's weight decay (default: %(default)s)")
 training("--beta1", type=beta, default=0.8,
@@ -134,7 +135,7 @@ machine = parser.add_argument_group("machine").add_argument
 machine("--device", default="auto",
         help="cuda, mps or cpu (default: the first that is found)")
 machine("--dtype", default="auto", choices=DTYPES,
-        help="of matrix products; auto: 16 bits where the hardware has them")
+        help="of matrix products; auto: bfloat16 or float16 where those are fast")
 machine("--compile", action=argparse.BooleanOptionalAction,
         help="use torch.compile (default: on cuda, if triton is installed)")
 args = parser.parse_args()
@@ -159,9 +160,9 @@ if RANK == 0:
 
 # ---- 3. The model, and the last settings ---------------------------------------------
 
-# The flags above say which checkpoint to load, if any. Its saved flags now become the
-# parser's defaults. Then the command line is parsed again: what was typed still wins,
-# and the rest comes from the checkpoint.
+# The flags above say which checkpoint to load, if any. With --resume, all its saved flags
+# now become the parser's defaults, and with --init_from only the model's sizes do. Then
+# the command line is parsed again, so what was typed still wins.
 state = {}  # what ckpt.pt says about a run that continues
 if args.resume:
     model, state = load_checkpoint(ckpt_path, verify=RANK == 0)
@@ -196,7 +197,7 @@ else:
     model = GPT(config)
 
 # The defaults of these four follow from other flags, so they are computed at each start
-# and not saved. The wider a model, the lower its best rate: about as 1 / n_embd.
+# and not saved. As a rule of thumb, the best rate falls with the width as 1 / n_embd.
 learning_rate = args.learning_rate or 4e-4 * 768 / config.n_embd
 min_lr = learning_rate / 10 if args.min_lr is None else args.min_lr
 lr_decay_iters = args.max_iters if args.lr_decay_iters is None else args.lr_decay_iters
@@ -271,11 +272,11 @@ def load_tokens(flag):
     gather(None)  # the others wait here until process 0 has made the file
     with reraise_as_input_error(f"{bin_path} holds no uint16 tokens", OSError, ValueError):
         tokens = np.memmap(bin_path, dtype=np.uint16, mode="r")
-        # A file of 32-bit integers, read as uint16, has a 0 at every second place.
-        # Merged tokens have ids from 256 on, and any real text has some of them, so a
-        # file without is from another tokenizer, such as one of characters. (A text
-        # may have none of a few merges. So with fewer than 256 of them, we only ask
-        # for one id that is at least their number.)
+        # A file of 32-bit integers, read as uint16, has a 0 at every second place. In
+        # a file of our tokens the largest id is below V, and at least 256, because a
+        # real text has some merged token. Otherwise it is from another tokenizer, such
+        # as one of characters. (With fewer than 256 merges a text may have none of
+        # them, so then the bound is their number.)
         raise_unless(len(tokens) < 9 or tokens[1:99:2].any(), "its integers are wider")
         raise_unless(path != bin_path or min(256, V - 257) <= tokens.max() < V,
                      f"its ids are not those of the {V} tokens of --vocab_size")
@@ -320,12 +321,13 @@ others = [p for name, p in model.named_parameters() if name not in decayed]
 optimizer = torch.optim.AdamW(
     [{"params": decayed.values()}, {"params": others, "weight_decay": 0.0}],
     betas=(args.beta1, args.beta2), weight_decay=args.weight_decay, fused=True)
-# Gradients below 6e-8 would be 0 in float16. The scaler multiplies the loss by a large
-# number, which makes all gradients larger, and divides them by it before they are used.
+# While backward runs, the slopes of float16 numbers are float16 too, and those below 6e-8
+# would become 0. The scaler multiplies the loss by a large number, which makes them all
+# larger, and divides the gradients by it before they are used.
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-# autocast computes matrix products in dtype, and their results stay in it until they are
-# added to x: q, k, v, the attention weights, GELU. The weights of the model, gradients, x,
-# LayerNorm and the loss stay in float32.
+# autocast computes matrix products in dtype, and their results (q, k, v, the attention
+# weights, GELU, the logits) stay in it until something else is computed from them. The
+# weights of the model, their gradients, x, LayerNorm and the loss stay in float32.
 autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 if args.resume:
     # Only AdamW's averages are taken from the checkpoint. Rates and betas come from the
@@ -362,15 +364,15 @@ def get_lr(step):
     return min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-@functools.lru_cache(maxsize=3)  # epoch 0, and two where a batch reaches into the next
+@functools.lru_cache(maxsize=3)  # epoch 0, for their number, and two that a batch touches
 def epoch_starts(epoch):
     """Returns where the windows of an epoch begin, in the order in which they are read.
 
     An epoch is a pass over the text, in windows of T tokens that lie side by side. Each
     epoch shifts them by an offset of its own. Otherwise a token would have the same
-    position, and see the same tokens before it, in every epoch. There is one window
-    fewer than would fit. The tokens that are left over, T - 1 to 2T - 2 of them, make
-    room for an offset from 0 to T - 1.
+    position, and see the same tokens before it, in every epoch. To make room for an
+    offset from 0 to T - 1, an epoch gives up about one window. For example, 100 tokens
+    and T = 10 make 9 windows. They need 91 tokens, so the offset is 0 to 9.
     """
     rng = np.random.default_rng((args.seed, epoch))
     n_windows = max(1, len(train_tokens) // T - 1)
@@ -573,8 +575,8 @@ with catch_signals() as caught:
                 with autocast:
                     micro_loss = wrapped(inputs, targets) / args.gradient_accumulation_steps
                 # backward computes how fast micro_loss changes with each weight, and
-                # adds that slope to the weight's .grad. Each micro_loss is a fraction
-                # of the mean loss, so in the end .grad has the slope of the mean. (The
+                # adds that slope to the weight's .grad. All micro_losses of a step sum
+                # to its mean loss, so in the end .grad has the slope of the mean. (The
                 # scaler changes nothing unless dtype is float16.)
                 scaler.scale(micro_loss).backward()
                 loss += micro_loss.detach()
