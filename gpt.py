@@ -521,7 +521,8 @@ def with_weights(config, weights):
     finally:
         hook.remove()
     # A fork may tie two matrices: one parameter with two names. named_parameters gives
-    # it twice, and both names must get the same new parameter.
+    # it twice. Both names must get the same new parameter, so the one that the first
+    # name makes is kept, and the second name finds it.
     shared = {}  # {parameter on the meta device: the one that replaces it}
     for name, p in model.named_parameters(remove_duplicate=False):
         if name in weights:
@@ -657,7 +658,9 @@ def text_files(path):
 
 
 def read_text(path):
-    """Yields the text of a file, or of all .txt files in a folder, in parts of 256 kB.
+    """Yields the text of a file, or of all .txt files in a folder, in parts.
+
+    A part has whole lines, together 256 kB or a little more.
 
     The parts encode to the same ids as the whole, because they are cut just before white
     space (or <|endoftext|>). No piece of PATTERN has white space after a visible
@@ -745,7 +748,7 @@ def load_checkpoint(path, verify=False):
         model = with_weights(config, state.pop("model")).eval()
     if not same_answer(state.setdefault("known_answer", GPT2_ANSWER),
                        known_answer(config)):
-        print(f"warning: {path} is from code that computes something other than gpt.py",
+        print(f"warning: {path} is from code that computes something other than gpt.py does",
               file=sys.stderr)
     return model, state
 

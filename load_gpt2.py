@@ -170,8 +170,8 @@ def load_gpt2(folder):
     elif os.path.exists(os.path.join(folder, "config.json")):
         config, weights = read_hugging_face(folder)
     else:
-        raise InputError(
-            f"{folder} is none of {', '.join(SIZES)}, no OWNER/NAME, no folder of weights")
+        raise InputError(f"{folder} is neither a size ({', '.join(SIZES)}), nor OWNER/NAME, nor a "
+                         "folder of weights")
     raise_unless(257 <= config.vocab_size <= 50257,
                  f"{folder}: {config.vocab_size} tokens are not GPT-2's vocabulary")
     for name in weights:  # one at a time, so there is never a second copy of all
@@ -229,7 +229,7 @@ def export(path, folder):
         config = model.config
         for answer in (state["known_answer"], known_answer(config)):
             raise_unless(same_answer(answer, GPT2_ANSWER),
-                         f"{path} does not compute what GPT-2 does; other tools would run it so")
+                         f"{path} does not compute what GPT-2 does; others would run it as GPT-2")
         end_of_text = config.vocab_size - 1
         contents = read_json(EXPORT_PATH)  # {file name: its content}
         ids = dict.fromkeys(("bos_token_id", "eos_token_id"), end_of_text)

@@ -25,7 +25,7 @@ flag = parser.add_argument
 flag("--start", default="", help="the prompt: text, FILE:path, or - for standard input")
 flag("--score", metavar="FILE", help="print what the tokens of this text cost, and stop")
 flag("--checkpoint", default="out/ckpt.pt", type=os.path.expanduser,
-     help="the weights to use; of a folder its ckpt.pt (default: %(default)s)")
+     help="the weights to use; for a folder, its ckpt.pt (default: %(default)s)")
 flag("--num_samples", type=number(int, 1), default=1,
      help="how many texts to write, computed as one batch (default: %(default)s)")
 flag("--max_new_tokens", type=number(int, 0), default=200,
