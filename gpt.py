@@ -660,16 +660,14 @@ def text_files(path):
 def read_text(path):
     """Yields the text of a file, or of all .txt files in a folder, in parts.
 
-    A part has whole lines, together 256 kB or a little more.
-
-    The parts encode to the same ids as the whole, because they are cut just before white
-    space (or <|endoftext|>). No piece of PATTERN has white space after a visible
-    character, so a piece always ends there. Raises InputError.
+    A part has whole lines, together 256 kB or a little more. The parts encode to the same
+    ids as the whole, because they are cut just before white space (or <|endoftext|>). No
+    piece of PATTERN has white space after a visible character, so a piece always ends
+    there. Raises InputError.
     """
     rest = ""
-    names = text_files(path)
-    for name in names:
-        if name != names[0]:
+    for i, name in enumerate(text_files(path)):
+        if i:
             # As in GPT-2's training, it marks where a new text begins. It hides
             # nothing: attention can look at the text before it.
             rest += "<|endoftext|>"
@@ -858,7 +856,8 @@ def choose_device(device, dtype):
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        able = torch.cpu.get_capabilities()
+        # Older versions of PyTorch cannot say what the CPU is able to do.
+        able = getattr(torch.cpu, "get_capabilities", dict)()
         native = able.get("amx_bf16") or able.get("avx512_bf16")
     if dtype == "auto":
         dtype = "float16" if device.type == "cuda" else "float32"
