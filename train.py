@@ -476,7 +476,8 @@ def plot():
     axes = figure.subplots()
     for name in ("loss", "train_loss", "val_loss"):
         rows = [row for row in log if name in row]
-        axes.plot([row["iter"] for row in rows], [row[name] for row in rows], ".-", label=name)
+        axes.plot([row["iter"] for row in rows],
+                  [row[name] for row in rows], ".-", label=name)
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.legend()
     figure.savefig(plot_path)
