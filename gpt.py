@@ -2,7 +2,7 @@
 
 The model comes first, then the choice of the next token. If you want to understand
 GPT-2, you can stop there. A faster dropout, what keeps the numbers right, text and
-tokens, checkpoints, and what the scripts share come after them.
+tokens, checkpoints, and what the scripts share come after that.
 
 The shape of each tensor stands beside it:
     B  sequences in a batch        C  channels: numbers that describe a token (n_embd)
@@ -85,11 +85,10 @@ def attend(q, k, v, dropout_p=0.0):
         # NVIDIA GPU computes it with PyTorch's kernel, a program made for that
         # hardware, without storing the scores. The kernel's own mask assumes
         # that the first query belongs to the first token. With cached tokens it
-        # belongs to token S - T, so then we pass causal_mask.
-        # If you change causal_mask, write built_in = False, or training on a
-        # GPU will not see your mask. All other devices take the formula, in
-        # training, evaluation and generation, so one change of it is enough.
-        # (On Macs, the kernel has returned wrong values.)
+        # belongs to token S - T, so then we pass causal_mask. If you change
+        # causal_mask, write built_in = False, or training on a GPU will not see
+        # your mask. All other devices take the formula, in training, evaluation
+        # and generation. (On Macs, the kernel has returned wrong values.)
         built_in = T == S
         mask = None if built_in else causal_mask(q, S)
         return F.scaled_dot_product_attention(
@@ -467,10 +466,11 @@ def known_answer(config, centered=False):
 
 
 def same_answer(a, b):
-    """Returns whether two known answers are equal, but for rounding.
+    """Returns whether two known answers are equal, but for the rounding of a machine.
 
-    GPT2_ANSWER has six decimals, so it is off by 4e-7. The smallest change that the
-    tests make, an eps of 1e-6 in LayerNorm, moves the number by 6e-6.
+    A loss is a float32 number, and near 12 these have steps of 1e-6. Two machines may
+    differ by some of them. The smallest change that the tests make, an eps of 1e-6 in
+    LayerNorm, moves the number by 6e-6.
     """
     return abs(a - b) < 4e-6
 
@@ -486,12 +486,12 @@ def move_mean(model):
 def center_logits(model):
     """Moves the logits of a model to around 0, for 16 bits. Returns whether it did.
 
-    The logits of OpenAI's weights lie far below 0. There bfloat16 has steps of 0.25 (below -32) or
-    0.5 (below -64), so likely tokens get equal logits. Subtracting the same row from
-    all rows of wte changes all logits of a position by the same amount, which softmax
-    ignores. What the blocks read, wte + wpe, stays the same, since that row is added
-    to wpe. If the code has changed so that this is no longer true, the weights are
-    left alone.
+    The logits of OpenAI's weights lie far below 0. There bfloat16 has steps of 0.25
+    (below -32) or 0.5 (below -64), so likely tokens get equal logits. Subtracting the
+    same row from all rows of wte changes all logits of a position by the same amount,
+    which softmax ignores. What the blocks read, wte + wpe, stays the same, since that
+    row is added to wpe. If the code has changed so that this is no longer true, the
+    weights are left alone.
     """
     config = model.config
     if not (hasattr(model, "wpe") and same_answer(
@@ -504,7 +504,7 @@ def center_logits(model):
 
 
 def with_weights(config, weights):
-    """Returns a GPT that holds these tensors, {name: tensor}, without copying them.
+    """Returns a GPT that takes over the tensors of a dict, {name: tensor}, uncopied.
 
     While the GPT is built, a hook puts each new parameter on the meta device, where
     tensors have a shape but no memory, so no time goes into random numbers. Buffers
